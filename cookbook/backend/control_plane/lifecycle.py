@@ -1,0 +1,188 @@
+"""The life of trainer jobs: starting workers, watching them, and recording in the store what became of them.
+
+Not here: reading requests (job_request.py), HTTP (jobs.py), processes (workers.py).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import subprocess
+import time
+from collections import defaultdict
+
+import httpx
+
+from cookbook.backend.control_plane import workers
+from cookbook.backend.control_plane.store import LIVE_STATES, Job, JobState, Store
+from cookbook.backend.control_plane.workers import WorkerRecord
+from cookbook.backend.paths import BackendPaths
+
+__all__ = ["Lifecycle"]
+
+logger = logging.getLogger(__name__)
+
+_START_TIMEOUT_S = 900.0  # loading a model from a slow disk takes minutes; longer than this is a hang
+_STARTING_POLL_S = 0.05
+_RUNNING_POLL_S = 0.5
+_HEALTH_TIMEOUT_S = 2.0
+
+
+class Lifecycle:
+    """All trainer jobs of one control plane.
+
+    What is recorded comes first: a state is stored before the processes are made to agree with it, and `reattach` makes
+    them agree again after a kill in between.
+    """
+
+    def __init__(self, paths: BackendPaths, store: Store, client: httpx.AsyncClient, token: str) -> None:
+        self._paths = paths
+        self._store = store
+        self._client = client
+        self._token = token
+        self._children: dict[str, subprocess.Popen[bytes]] = {}
+        self._workers: dict[str, WorkerRecord] = {}
+        self._watches: dict[str, asyncio.Task[None]] = {}
+        self._guards: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
+
+    def launch(self, job: Job) -> None:
+        """Start the worker of a job that is CREATING, and watch it."""
+        if (watch := self._watches.pop(job.job_id, None)) is not None:
+            watch.cancel()
+        job = self._store.set_worker(job, None)
+        try:
+            child = workers.start(self._paths.job_dir(job.job_id), job.spec, kind="trainer", token=self._token)
+        except OSError as error:
+            self._store.set_state(job, JobState.FAILED, f"the trainer's process could not be started: {error}")
+            return
+        self._children[job.job_id] = child
+        self._workers.pop(job.job_id, None)
+        job = self._store.set_worker(job, child.pid)
+        logger.info("job %s: started worker %d", job.job_id, child.pid)
+        self._watches[job.job_id] = asyncio.create_task(self._watch(job.job_id))
+
+    async def settled(self, job_id: str, timeout_s: float) -> Job:
+        """The job once it has left CREATING, or as it is after `timeout_s`."""
+        deadline = time.monotonic() + timeout_s
+        while True:
+            job = self._job(job_id)
+            if job.state != JobState.CREATING or time.monotonic() >= deadline:
+                return job
+            await asyncio.sleep(_STARTING_POLL_S)
+
+    async def resume(self, job_id: str) -> Job:
+        """Start a stopped job again, with a new worker. A job that is live already stays as it is."""
+        async with self._guards[job_id]:
+            job = self._job(job_id)
+            if not job.is_live:
+                await self._end_worker(job)  # one that outlived a control plane killed in the middle of a cancel
+                self.launch(self._store.set_state(job, JobState.CREATING, ""))
+            return self._job(job_id)
+
+    async def end(self, job_id: str, state: str, message: str) -> Job:
+        """Record that a job is over (CANCELLED or DELETED), then end its worker.
+
+        A job that is over keeps its state and message when it is cancelled; a DELETED one stays DELETED.
+        """
+        async with self._guards[job_id]:
+            job = self._job(job_id)
+            if job.state != JobState.DELETED and (job.is_live or state == JobState.DELETED):
+                job = self._store.set_state(job, state, message)
+                logger.info("job %s: %s, %s", job_id, state, message)
+            await self._end_worker(job)
+            return job
+
+    def worker(self, job_id: str) -> WorkerRecord | None:
+        """Where the worker of a job answers, or None while it is starting or when there is none."""
+        return self._workers.get(job_id)
+
+    def look(self, job_id: str) -> Job:
+        """The job as it is now: when its worker has died, that is recorded first."""
+        job = self._job(job_id)
+        if not job.is_live or workers.is_alive(self._paths.job_dir(job_id)):
+            return job
+        return self._record_end(job)
+
+    def reattach(self) -> None:
+        """Take up the jobs of an earlier control plane: watch live workers, record dead ones, end unwanted ones."""
+        for job in self._store.jobs():
+            alive = workers.is_alive(self._paths.job_dir(job.job_id))
+            if job.is_live:
+                if alive:
+                    # CREATING until it has answered: its record may be missing still.
+                    self._store.set_state(job, JobState.CREATING, job.status_message)
+                self._watches[job.job_id] = asyncio.create_task(self._watch(job.job_id))
+            elif alive:
+                self._watches[job.job_id] = asyncio.create_task(self._end_worker(job))
+
+    async def stop_all(self, message: str) -> None:
+        """End every live job, side by side."""
+        ends = [self.end(job.job_id, JobState.CANCELLED, message) for job in self._store.jobs(LIVE_STATES)]
+        for error in await asyncio.gather(*ends, return_exceptions=True):
+            if isinstance(error, BaseException):
+                logger.error("while stopping: %s", error)
+        for watch in self._watches.values():
+            watch.cancel()
+
+    async def _watch(self, job_id: str) -> None:
+        """Follow one worker from its start to its end."""
+        give_up = time.monotonic() + _START_TIMEOUT_S
+        while (job := self.look(job_id)).is_live:
+            if job.state == JobState.RUNNING:
+                await asyncio.sleep(_RUNNING_POLL_S)
+            elif (record := await self._answering(job_id)) is not None:
+                self._record_ready(job_id, record)
+            elif time.monotonic() >= give_up:
+                self._store.set_state(job, JobState.FAILED, f"the trainer was not ready after {_START_TIMEOUT_S:.0f} s")
+                await self._end_worker(job)
+            else:
+                await asyncio.sleep(_STARTING_POLL_S)
+
+    async def _answering(self, job_id: str) -> WorkerRecord | None:
+        """The worker's record when it answers its health check, else None."""
+        record = workers.read_record(self._paths.job_dir(job_id))
+        if record is None:
+            return None
+        with contextlib.suppress(httpx.HTTPError):
+            answer = await self._client.get(
+                f"{record.base_url}/api/v1/healthz", headers={"X-Api-Key": self._token}, timeout=_HEALTH_TIMEOUT_S
+            )
+            if answer.status_code == 200:
+                return record
+        return None
+
+    def _record_ready(self, job_id: str, record: WorkerRecord) -> None:
+        job = self._job(job_id)
+        if job.state == JobState.CREATING:  # not cancelled while the health check was under way
+            self._workers[job_id] = record
+            self._store.set_state(job, JobState.RUNNING, "")
+            logger.info("job %s: running on port %d", job_id, record.port)
+
+    def _record_end(self, job: Job) -> Job:
+        self._workers.pop(job.job_id, None)
+        end = workers.end_of(self._paths.job_dir(job.job_id), self._reap(job.job_id))
+        logger.info("job %s: %s", job.job_id, end.message)
+        return self._store.set_state(job, JobState.CANCELLED if end.on_purpose else JobState.FAILED, end.message)
+
+    async def _end_worker(self, job: Job) -> None:
+        self._workers.pop(job.job_id, None)
+        try:
+            await workers.terminate(self._paths.job_dir(job.job_id), job.worker_pid)
+        except TimeoutError as error:
+            logger.error("job %s: %s", job.job_id, error)
+        self._reap(job.job_id)
+
+    def _reap(self, job_id: str) -> int | None:
+        """The exit status of a worker that has ended, when it was our child."""
+        child = self._children.pop(job_id, None)
+        if child is None:
+            return None
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return child.wait(timeout=1.0)  # it let go of its lock, so it is as good as gone
+        return None
+
+    def _job(self, job_id: str) -> Job:
+        job = self._store.job(job_id)
+        assert job is not None, job_id
+        return job

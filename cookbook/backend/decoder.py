@@ -1,0 +1,145 @@
+"""The decoder behind trainers: token ids in, hidden states and float32 logits out.
+
+One protocol, implemented on transformers models. Losses, batching and optimizers are not here.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal, Protocol, cast
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from cookbook.errors import ModelError
+
+__all__ = ["ComputeDtype", "Decoder", "HuggingFaceDecoder", "pick_compute_dtype", "read_config"]
+
+ComputeDtype = Literal["float32", "bfloat16"]
+
+# A head with any of these is not logits = hidden @ weight.T: gradients of a chunked head would be wrong.
+_HEAD_FIELDS = ("final_logit_softcapping", "logits_scaling", "logit_scale", "lm_head_multiplier")
+_EXPERT_FIELDS = ("num_experts", "num_local_experts", "n_routed_experts")
+_PROBE_TOKENS = 8
+
+
+class Decoder(Protocol):
+    """A causal language model without dropout.
+
+    Suffixes: N rows, T positions, M any positions, H hidden, V vocabulary.
+    """
+
+    vocab_size: int
+    max_positions: int
+
+    def hidden_states(self, tokens_NT: Tensor) -> Tensor:
+        """Float32 or bfloat16 (N, T, H) before the head, with graph. Position t sees tokens 0..t only."""
+        ...
+
+    def logits(self, hidden_MH: Tensor) -> Tensor:
+        """Float32 (M, V)."""
+        ...
+
+
+def pick_compute_dtype() -> ComputeDtype:
+    """bfloat16 where this CPU multiplies bfloat16 matrices in hardware, else float32."""
+    has_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return "bfloat16" if has_bf16 else "float32"
+
+
+def read_config(folder: Path) -> Any:
+    """The model's Hugging Face config. ModelError when there is none, or when such a model cannot be trained here."""
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{folder} is not a Hugging Face model folder that transformers can read: {error}") from error
+    for field in _EXPERT_FIELDS:
+        if getattr(config, field, None):
+            raise ModelError(
+                f"{folder} is a mixture of experts ({field}={getattr(config, field)}), which cannot be trained here. "
+                "Choose a dense model."
+            )
+    for field in _HEAD_FIELDS:
+        if getattr(config, field, None) not in (None, 1, 1.0):
+            raise ModelError(
+                f"{folder} rescales its logits ({field}={getattr(config, field)}), which this trainer does not do. "
+                "Choose a model whose head is a plain linear layer."
+            )
+    return config
+
+
+class HuggingFaceDecoder:
+    """Decoder on a transformers model held in `model`; `transformer` is the part below the head.
+
+    Master weights are float32. With compute dtype bfloat16 matrix products of the transformer run in bfloat16 under
+    autocast; the head stays in float32, because the log-softmax over a large vocabulary loses too much otherwise.
+    """
+
+    def __init__(self, model: Any, compute_dtype: ComputeDtype) -> None:
+        self.model = model.eval()  # evaluation mode: dropout would make the two passes of a custom loss differ
+        self.compute_dtype = compute_dtype
+        self.vocab_size = int(self.model.config.vocab_size)
+        self.max_positions = int(self.model.config.max_position_embeddings)
+
+    @classmethod
+    def load(cls, folder: Path, compute_dtype: ComputeDtype) -> HuggingFaceDecoder:
+        """Read a model folder in float32, all parameters frozen. ModelError when it cannot be trained here."""
+        from transformers import AutoModelForCausalLM
+
+        config = read_config(folder)
+        try:
+            model, report = AutoModelForCausalLM.from_pretrained(
+                folder, config=config, dtype=torch.float32, local_files_only=True, output_loading_info=True
+            )
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+            raise ModelError(f"cannot load the model in {folder}: {error}") from error
+        if missing := sorted(report["missing_keys"]):  # transformers would fill them with random numbers
+            raise ModelError(f"{folder} lacks {len(missing)} of its weights, first {missing[0]}: copy the model again.")
+        model.requires_grad_(False)
+        decoder = cls(model, compute_dtype)
+        decoder.check_trainable(folder)
+        return decoder
+
+    def compress(self) -> None:
+        """For weights that stay frozen: keep what bfloat16 compute would round anyway in bfloat16, at half the memory.
+
+        The head, and with it a tied embedding, stays in float32, as it computes in float32.
+        """
+        if self.compute_dtype == "bfloat16":
+            for module in self.model.modules():
+                if isinstance(module, nn.Linear) and module is not self.head:
+                    module.to(torch.bfloat16)
+
+    @property
+    def head(self) -> nn.Module:
+        """The output layer, adapters included."""
+        return cast(nn.Module, self.model.get_output_embeddings())
+
+    def hidden_states(self, tokens_NT: Tensor) -> Tensor:
+        transformer = getattr(self.model, self.model.base_model_prefix)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.compute_dtype == "bfloat16"):
+            return cast(Tensor, transformer(input_ids=tokens_NT, use_cache=False).last_hidden_state)
+
+    def logits(self, hidden_MH: Tensor) -> Tensor:
+        return cast(Tensor, self.head(hidden_MH.float()))
+
+    @torch.no_grad()
+    def check_trainable(self, folder: Path) -> None:
+        """Try on a few tokens what training relies on: a plain linear head, and causality. ModelError otherwise."""
+        generator = torch.Generator().manual_seed(0)
+        tokens_NT = torch.randint(self.vocab_size, (1, _PROBE_TOKENS), generator=generator)
+        whole = self.model(input_ids=tokens_NT, use_cache=False).logits
+        exact = HuggingFaceDecoder(self.model, "float32")
+        ours = exact.logits(exact.hidden_states(tokens_NT))
+        if not torch.allclose(whole.float(), ours, atol=1e-3, rtol=1e-3):
+            raise ModelError(
+                f"the logits of {folder} are not a plain linear function of its hidden states, which this trainer "
+                "needs. Choose a model without soft-capping or scaling of logits."
+            )
+        half = _PROBE_TOKENS // 2
+        prefix = exact.logits(exact.hidden_states(tokens_NT[:, :half]))
+        if not torch.allclose(prefix, ours[:, :half], atol=1e-3, rtol=1e-3):
+            raise ModelError(f"{folder} is not a causal model: later tokens change earlier logits. Choose a decoder.")

@@ -1,0 +1,218 @@
+"""Snapshots on disk: a folder of files and a manifest with their sizes and hashes, complete or not there at all.
+
+A snapshot is written beside its final place, flushed, described by its manifest and renamed; nothing is overwritten.
+What the files hold (training state, sampler weights) is not known here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import orjson
+
+from cookbook.errors import CheckpointError
+
+__all__ = [
+    "MANIFEST_NAME",
+    "FileEntry",
+    "Manifest",
+    "SnapshotKind",
+    "list_manifests",
+    "load_manifest",
+    "remove_leftovers",
+    "snapshot_dir",
+    "verify",
+    "write_snapshot",
+]
+
+SnapshotKind = Literal["state", "sampler"]
+FORMAT_VERSION = 1
+MANIFEST_NAME = "manifest.json"
+_KINDS: tuple[SnapshotKind, ...] = ("state", "sampler")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
+_TEMPORARY_PREFIX = ".writing-"
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """One file of a snapshot: size in bytes and sha256 as lower-case hex."""
+
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a snapshot is and which files it consists of.
+
+    `kind` is "state" (weights and optimizer, for resuming) or "sampler" (weights for serving). `checkpoint_type` is
+    "base", "delta" or "merged_base" for a sampler snapshot and None for state. `created` is unix time in seconds;
+    `step` counts the optimizer steps applied. `files` maps a path relative to the folder, with forward slashes.
+    """
+
+    kind: SnapshotKind
+    name: str
+    job_id: str
+    base_model: str
+    lora_rank: int
+    checkpoint_type: str | None
+    promotable: bool
+    created: float
+    step: int
+    metadata: dict[str, str | int | float] = dataclasses.field(default_factory=dict)
+    files: dict[str, FileEntry] = dataclasses.field(default_factory=dict)
+    format_version: int = FORMAT_VERSION
+
+
+def snapshot_dir(checkpoints_dir: Path, job_id: str, kind: SnapshotKind, name: str) -> Path:
+    """The folder of one snapshot, which need not exist. CheckpointError when a part cannot be a folder name."""
+    for label, part in (("job id", job_id), ("checkpoint name", name)):
+        if not _NAME.fullmatch(part):
+            raise CheckpointError(
+                f"{label} {part!r} cannot be used: it must begin with a letter or digit and have at most 200 letters, "
+                "digits, dots, hyphens and underscores. Rename it."
+            )
+    return checkpoints_dir / job_id / kind / name
+
+
+def list_manifests(checkpoints_dir: Path, job_id: str) -> list[Manifest]:
+    """Manifests of all complete snapshots of a job, of both kinds, oldest first. Half-written ones do not count."""
+    manifests = []
+    for kind in _KINDS:
+        parent = snapshot_dir(checkpoints_dir, job_id, kind, "any").parent
+        folders = sorted(parent.iterdir()) if parent.is_dir() else []
+        manifests += [load_manifest(folder) for folder in folders if _is_complete(folder)]
+    return sorted(manifests, key=lambda manifest: (manifest.created, manifest.name))
+
+
+def load_manifest(folder: Path) -> Manifest:
+    """The manifest of a snapshot. CheckpointError when it is missing, damaged or of an unknown format version."""
+    path = folder / MANIFEST_NAME
+    try:
+        fields = orjson.loads(path.read_bytes())
+        version = fields["format_version"]
+        if version != FORMAT_VERSION:
+            raise CheckpointError(
+                f"{path} has format_version {version!r}, this program reads {FORMAT_VERSION}: "
+                "use the version of the program that wrote it."
+            )
+        return _manifest_from_json(fields)
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"no checkpoint {folder.name!r} at {folder}: {MANIFEST_NAME} is missing. Check the name and the job id."
+        ) from None
+    except (orjson.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path} is damaged ({error!r}): use an older checkpoint.") from error
+
+
+def verify(folder: Path, manifest: Manifest) -> None:
+    """Compare sizes, then hashes, of all files with the manifest. CheckpointError names the first file that differs."""
+    for name, entry in manifest.files.items():
+        path = folder / name
+        if not path.is_file():
+            raise CheckpointError(f"checkpoint file {path} is missing: use an older checkpoint.")
+        size = path.stat().st_size
+        if size != entry.size:
+            raise CheckpointError(
+                f"checkpoint file {path} has {size} bytes instead of {entry.size}: use an older checkpoint."
+            )
+    for name, entry in manifest.files.items():
+        path = folder / name
+        digest = _sha256(path)
+        if digest != entry.sha256:
+            raise CheckpointError(
+                f"checkpoint file {path} is damaged: sha256 {digest}, expected {entry.sha256}. Use an older checkpoint."
+            )
+
+
+def write_snapshot(folder: Path, manifest_without_files: Manifest, write: Callable[[Path], None]) -> Manifest:
+    """Make a snapshot at `folder`, whole or not at all, and return its manifest with the files filled in.
+
+    `write` puts the files into the empty folder that it is given. Then they are flushed and hashed, the manifest is
+    added, and the folder is renamed into place. After an exception nothing is left behind.
+
+    Raises:
+        CheckpointError: the name is taken. A snapshot is never overwritten; save under another name.
+        OSError, and whatever `write` raises: for example when the disk is full.
+    """
+    _refuse_taken(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=_TEMPORARY_PREFIX, dir=folder.parent))
+    try:
+        temporary.chmod(0o755)
+        write(temporary)
+        manifest = dataclasses.replace(manifest_without_files, files=_flush_and_describe(temporary))
+        _write_flushed(temporary / MANIFEST_NAME, orjson.dumps(manifest, option=orjson.OPT_INDENT_2))
+        _fsync_folder(temporary)
+        _refuse_taken(folder)
+        temporary.rename(folder)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    _fsync_folder(folder.parent)
+    return manifest
+
+
+def remove_leftovers(checkpoints_dir: Path, job_id: str) -> None:
+    """Delete what a killed writer of this job left half-written. Only for the process that alone writes for the job."""
+    for kind in _KINDS:
+        parent = snapshot_dir(checkpoints_dir, job_id, kind, "any").parent
+        for temporary in parent.glob(f"{_TEMPORARY_PREFIX}*"):
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _is_complete(folder: Path) -> bool:
+    return not folder.name.startswith(_TEMPORARY_PREFIX) and (folder / MANIFEST_NAME).is_file()
+
+
+def _refuse_taken(folder: Path) -> None:
+    if folder.exists():
+        raise CheckpointError(
+            f"checkpoint {folder.name!r} exists already at {folder} and is never overwritten: save under another name."
+        )
+
+
+def _manifest_from_json(fields: dict[str, Any]) -> Manifest:
+    files = {name: FileEntry(**entry) for name, entry in fields["files"].items()}
+    return Manifest(**{**fields, "files": files})
+
+
+def _flush_and_describe(folder: Path) -> dict[str, FileEntry]:
+    entries = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_dir():
+            _fsync_folder(path)
+            continue
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+        entries[path.relative_to(folder).as_posix()] = FileEntry(path.stat().st_size, _sha256(path))
+    return entries
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _write_flushed(path: Path, content: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _fsync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

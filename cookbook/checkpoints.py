@@ -1,0 +1,314 @@
+"""Commits of a run: save_checkpoint, resolve_resume and the rows of checkpoints.jsonl between them.
+
+A row is appended only after the remote save is confirmed, so the last row is always a state that can be loaded. No SDK
+here: the client brings it.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections.abc import Collection, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cookbook.errors import CheckpointError, RequestRejected
+from cookbook.files import append_jsonl, cut_torn_line, read_jsonl
+from cookbook.run import CHECKPOINTS_FILE
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from cookbook.client import ReconnectableClient
+
+__all__ = [
+    "CheckpointKind",
+    "CheckpointRow",
+    "ResumeInfo",
+    "last_commit",
+    "last_promotable",
+    "next_checkpoint_name",
+    "read_checkpoints",
+    "resolve_resume",
+    "save_checkpoint",
+]
+
+_DNS_LABEL = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
+_SAMPLER_SUFFIX_LENGTH = 9  # the SDK appends "-" and 8 hex digits to the names of sampler snapshots
+_OWN_KEYS = ("name", "state_path", "sampler_path", "source_job_id", "base_model", "training_shape")
+
+logger = logging.getLogger(__name__)
+
+
+class CheckpointKind(StrEnum):
+    """What a checkpoint holds."""
+
+    STATE = "state"
+    """Weights and optimizer: resumable."""
+    SAMPLER = "sampler"
+    """Weights for serving: promotable."""
+    BOTH = "both"
+
+
+@dataclass(frozen=True)
+class CheckpointRow:
+    """One line of checkpoints.jsonl."""
+
+    name: str
+    step: int
+    """Optimizer steps in the weights."""
+    data_consumed: int
+    """Rows taken over all epochs."""
+    state_path: str | None = None
+    """Reference to load from, "cross_job://<job>/<name>"; None = not resumable."""
+    sampler_path: str | None = None
+    """Full name of the sampler snapshot; None = not promotable."""
+    source_job_id: str | None = None
+    """The trainer job that saved it."""
+    base_model: str | None = None
+    training_shape: str | None = None
+    loop_state: Mapping[str, Any] = field(default_factory=dict)
+    """Every other key of the row, with `step` and `data_consumed`."""
+
+
+@dataclass(frozen=True)
+class ResumeInfo:
+    """Where a run goes on from."""
+
+    step: int
+    """Last completed step."""
+    data_consumed: int
+    """Data examples consumed."""
+    source_job_id: str | None
+    """The trainer job that the weights come from."""
+    name: str
+    """The checkpoint that was loaded."""
+    loop_state: Mapping[str, Any] = field(default_factory=dict)
+    """What `save_checkpoint` was given; empty for `init_from_checkpoint`."""
+
+
+def save_checkpoint(
+    client: ReconnectableClient,
+    name: str,
+    log_path: str | Path,
+    loop_state: Mapping[str, Any],
+    kind: str = "state",
+    *,
+    base_model: str | None = None,
+    training_shape: str | None = None,
+    guard: Callable[[], AbstractContextManager[None]] | None = None,
+) -> dict[str, str]:
+    """Save the client's model, and commit: append a row to checkpoints.jsonl once the save is confirmed.
+
+    Args:
+        client: its model is saved.
+        name: of the checkpoint, a DNS label never used in this log_path; `next_checkpoint_name` makes one.
+        log_path: directory of checkpoints.jsonl; must exist.
+        loop_state: JSON data that comes back from `resolve_resume`; with `step` and `data_consumed`, whole numbers.
+        kind: "state" (weights and optimizer), "sampler" (for serving and promotion) or "both".
+        base_model, training_shape: recorded in the row.
+        guard: entered around the append; a run passes `RunDirectory.guard`.
+
+    Returns:
+        `state_path` and `sampler_path`, as far as the kind has them.
+
+    Raises:
+        CheckpointError: unusable name, kind, loop state or log_path (before anything is saved), or the row cannot be
+            written (then the save is not a commit).
+        RequestRejected, TrainerLost: from the client; nothing is committed.
+        LeaseLost: from the guard.
+
+    >>> save_checkpoint(client, "step-50", log_path, {"step": 50, "data_consumed": 200})  # doctest: +SKIP
+    {'state_path': 'cross_job://sft-1f2e3d4c-policy-g1/step-50'}
+    """
+    path = Path(log_path) / CHECKPOINTS_FILE
+    chosen = _kind(kind)
+    row = _row_of(loop_state)
+    _check_name(path, name, chosen)
+    with (guard or nullcontext)():
+        _check_writable(path)
+    paths: dict[str, str] = {}
+    if chosen in (CheckpointKind.STATE, CheckpointKind.BOTH):
+        paths["state_path"] = _reference(client, client.save_state(name))
+    if chosen in (CheckpointKind.SAMPLER, CheckpointKind.BOTH):
+        paths["sampler_path"] = client.save_weights_for_sampler_ext(name, "base")
+    labels = {"source_job_id": client.job_id, "base_model": base_model, "training_shape": training_shape}
+    row = {"name": name, **row, **paths, **{key: value for key, value in labels.items() if value is not None}}
+    with (guard or nullcontext)():
+        append_jsonl(path, row)
+    logger.info("checkpoint %s at step %d: %s", name, row["step"], ", ".join(paths.values()))
+    return paths
+
+
+def resolve_resume(
+    client: ReconnectableClient, log_path: str | Path, init_from_checkpoint: str | None = None
+) -> ResumeInfo | None:
+    """Bring the client's model to where the run stopped, and say where that is.
+
+    The last resumable row of checkpoints.jsonl is loaded, weights and optimizer. Only when there is none,
+    `init_from_checkpoint` is: weights only, with a fresh optimizer, at step 0. With neither the model stays as it was
+    made, and must not have been trained.
+
+    Args:
+        client: needs no restored model; this call restores it.
+        log_path: the run directory.
+        init_from_checkpoint: "name" of a state of the client's own trainer job, or "job_id:name".
+
+    Returns:
+        None for a fresh start without `init_from_checkpoint`.
+
+    Raises:
+        CheckpointError: the checkpoint is missing, damaged or does not fit, or checkpoints.jsonl is damaged. There is
+            never a silent fresh start.
+        TrainerLost: from the client.
+    """
+    row = last_commit(log_path)
+    if row is not None:
+        assert row.state_path is not None, "a resumable row has a state_path"
+        try:
+            client.load_state_with_optimizer(row.state_path, step=row.step)
+        except RequestRejected as error:
+            raise CheckpointError(
+                f"checkpoint {row.name!r} (step {row.step}) of {Path(log_path) / CHECKPOINTS_FILE} cannot be loaded "
+                f"from {row.state_path}: {error}. Restore the snapshot; or remove the row, to go on from the one before; "
+                "or start in a new log_path."
+            ) from error
+        logger.info("resumed from %s at step %d", row.name, row.step)
+        return ResumeInfo(row.step, row.data_consumed, row.source_job_id, row.name, row.loop_state)
+    if init_from_checkpoint is not None:
+        return _init_from(client, init_from_checkpoint)
+    client.start_fresh()
+    return None
+
+
+def read_checkpoints(log_path: str | Path) -> list[CheckpointRow]:
+    """The rows of checkpoints.jsonl, oldest first; rows with fewer or more keys are accepted.
+
+    Raises:
+        CheckpointError: a line is not a JSON object (a torn last one is left out and logged), or a row has no name.
+    """
+    path = Path(log_path) / CHECKPOINTS_FILE
+    return [_parse(path, number, row) for number, row in enumerate(read_jsonl(path), start=1)]
+
+
+def last_commit(log_path: str | Path) -> CheckpointRow | None:
+    """The last commit: the newest row with weights and optimizer, or None.
+
+    Raises:
+        CheckpointError: as for `read_checkpoints`.
+    """
+    rows = [row for row in read_checkpoints(log_path) if row.state_path]
+    return rows[-1] if rows else None
+
+
+def last_promotable(log_path: str | Path) -> CheckpointRow | None:
+    """The newest row with a sampler snapshot, or None.
+
+    Raises:
+        CheckpointError: as for `read_checkpoints`.
+    """
+    rows = [row for row in read_checkpoints(log_path) if row.sampler_path]
+    return rows[-1] if rows else None
+
+
+def next_checkpoint_name(log_path: str | Path, base: str, taken: Collection[str] = ()) -> str:
+    """`base`, or `base-r2`, `base-r3`, ...: the first name that neither checkpoints.jsonl nor `taken` has.
+
+    `taken` are names whose save may have happened without a row, because the answer was lost: those that an earlier
+    attempt tried, or `client.list_checkpoints()`.
+
+    >>> next_checkpoint_name("no/such/run", "step-50", taken=["step-50"])
+    'step-50-r2'
+    """
+    used = {row.name for row in read_checkpoints(log_path)} | set(taken)
+    name, attempt = base, 1
+    while name in used:
+        attempt += 1
+        name = f"{base}-r{attempt}"
+    return name
+
+
+def _init_from(client: ReconnectableClient, init_from_checkpoint: str) -> ResumeInfo:
+    job_id, _, name = init_from_checkpoint.rpartition(":")
+    try:
+        client.load_state(client.resolve_checkpoint_path(name, source_job_id=job_id or None))
+    except RequestRejected as error:
+        raise CheckpointError(
+            f"init_from_checkpoint {init_from_checkpoint!r} cannot be loaded: {error}. "
+            'Name an existing state as "job_id:name".'
+        ) from error
+    logger.info("initialized the weights from %s", init_from_checkpoint)
+    return ResumeInfo(step=0, data_consumed=0, source_job_id=job_id or client.job_id, name=name)
+
+
+def _reference(client: ReconnectableClient, saved_path: str) -> str:
+    """What to load a saved state by, from any trainer job. The path that the trainer answered is authoritative; a bare
+    name is qualified with its job."""
+    if "/" in saved_path:
+        return saved_path
+    return client.resolve_checkpoint_path(saved_path, source_job_id=client.job_id)
+
+
+def _kind(kind: str) -> CheckpointKind:
+    try:
+        return CheckpointKind(kind)
+    except ValueError:
+        choices = ", ".join(choice.value for choice in CheckpointKind)
+        raise CheckpointError(f"kind must be one of {choices}, got {kind!r}.") from None
+
+
+def _row_of(loop_state: Mapping[str, Any]) -> dict[str, Any]:
+    """The loop state as it will come back from the file."""
+    reserved = [key for key in _OWN_KEYS if key in loop_state]
+    if reserved:
+        raise CheckpointError(f"loop_state must not have the keys {reserved}: checkpoint rows use them. Rename them.")
+    try:
+        row = json.loads(json.dumps(dict(loop_state), allow_nan=False))
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"loop_state cannot be written as JSON: {error}. Use numbers, strings, lists.") from None
+    for key in ("step", "data_consumed"):
+        if isinstance(row.get(key), bool) or not isinstance(row.get(key), int) or row[key] < 0:
+            raise CheckpointError(f"loop_state needs {key!r} as a whole number >= 0, got {row.get(key)!r}.")
+    return dict(row)
+
+
+def _check_name(path: Path, name: str, kind: CheckpointKind) -> None:
+    longest = 63 if kind is CheckpointKind.STATE else 63 - _SAMPLER_SUFFIX_LENGTH
+    if not _DNS_LABEL.fullmatch(name) or len(name) > longest:
+        raise CheckpointError(
+            f"checkpoint name {name!r} cannot be used: 1 to {longest} of a-z, 0-9 and '-', not at the ends."
+        )
+    if any(row.name == name for row in read_checkpoints(path.parent)):
+        raise CheckpointError(f"checkpoint {name!r} is in {path} already. Use next_checkpoint_name().")
+
+
+def _check_writable(path: Path) -> None:
+    """Open the file as the append will, so that no save is paid for in vain."""
+    try:
+        cut_torn_line(path)
+        path.open("ab").close()
+    except OSError as error:
+        raise CheckpointError(
+            f"{path} cannot be written: {error.strerror}; nothing was saved. Make log_path, and make it writable."
+        ) from error
+
+
+def _parse(path: Path, number: int, row: Mapping[str, Any]) -> CheckpointRow:
+    name = row.get("name")
+    if not isinstance(name, str):
+        raise CheckpointError(f"{path}, row {number} has no name: {dict(row)!r:.200}. Restore the file from a backup.")
+    labels = {key: row.get(key) for key in _OWN_KEYS if key != "name"}
+    loop_state = {key: value for key, value in row.items() if key not in _OWN_KEYS}
+    try:
+        return CheckpointRow(
+            name, int(row.get("step", 0)), int(row.get("data_consumed", 0)), **labels, loop_state=loop_state
+        )
+    except (TypeError, ValueError):
+        raise CheckpointError(
+            f"{path}, row {number} ({name!r}): step and data_consumed must be whole numbers, got "
+            f"{row.get('step')!r} and {row.get('data_consumed')!r}."
+        ) from None

@@ -1,0 +1,488 @@
+"""The configs of the recipes: frozen Pydantic models that a YAML file, `--set`, Python and a Prefect form fill alike.
+
+A config holds what the user wrote, never run-time values. Fields keep the names, types and defaults of the public
+cookbook reference; the choices of a `str` field are in its schema and checked. Environment variables are read in
+this file and nowhere else on the client's side. Loading a file and naming all its problems: cookbook/validation.py.
+"""
+
+from __future__ import annotations
+
+import math
+import netrc
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Self
+from urllib.parse import urlsplit
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+
+from cookbook.errors import ConfigError, Problem
+
+__all__ = [
+    "RECIPE_CONFIGS",
+    "AdamConfig",
+    "ConcurrencyConfig",
+    "DeployConfig",
+    "Environment",
+    "EvalConfig",
+    "InfraConfig",
+    "RetryConfig",
+    "RunnerConfig",
+    "SFTConfig",
+    "WandBConfig",
+    "WeightSyncConfig",
+    "environment",
+]
+
+SHAPE_OWNED_FIELDS = ("accelerator_type", "accelerator_count", "node_count", "custom_image_tag")
+DEPLOYMENT_SHAPE_OWNED_FIELDS = ("deployment_accelerator_type",)
+OUTPUT_MODEL_ID = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
+CHECKPOINT_REFERENCE = re.compile(r"([a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?:)?[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
+
+
+class _Choice:
+    """Check of a string field against its choices; the field's annotation stays `str`."""
+
+    def __init__(self, choices: tuple[str, ...]) -> None:
+        self.choices = choices
+
+    def __call__(self, value: str | None) -> str | None:
+        if value is not None and value not in self.choices:
+            raise ValueError(f"must be one of {', '.join(self.choices)}")
+        return value
+
+
+def _choice(default: str | None, description: str, *choices: str) -> Any:
+    """A field of type `str` (or `str | None`) whose JSON schema lists its choices, so that a form shows a menu."""
+    return Field(
+        default, description=description, json_schema_extra={"enum": [*choices, *([None] if default is None else [])]}
+    )
+
+
+class Config(BaseModel):
+    """Base of every block: frozen, unknown fields are errors, defaults are checked too."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
+
+
+class InfraConfig(Config):
+    """Trainer hardware. With `training_shape_id` set, the shape owns the accelerator, node count and image."""
+
+    training_shape_id: str | None = Field(
+        None,
+        description="Full training-shape id of the policy trainer, accounts/<account>/trainingShapes/<shape>. "
+        "None = manual launch: CPU on the embedded backend; on fireworks accelerator_type and accelerator_count are then needed.",
+    )
+    ref_training_shape_id: str | None = Field(
+        None,
+        description="Full training-shape id of the reference trainer, where a recipe launches one. None = none is launched.",
+    )
+    region: str | None = Field(None, description="Region. None = the training shape decides.")
+    accelerator_type: str | None = Field(
+        None, description="Accelerator type. Owned by the shape; only for a manual launch."
+    )
+    accelerator_count: int | None = Field(
+        None, ge=1, description="Accelerators a node. Owned by the shape; only for a manual launch."
+    )
+    node_count: int | None = Field(
+        None, ge=1, description="Trainer nodes. Owned by the shape; only for a manual launch."
+    )
+    custom_image_tag: str | None = Field(
+        None, description="Trainer image tag. Owned by the shape; only for a manual launch."
+    )
+    trainer_timeout_s: float = Field(
+        3600,
+        gt=0,
+        description="Seconds until a trainer must be ready: one deadline over waiting for capacity and starting.",
+    )
+    extra_args: list[str] | None = Field(
+        None,
+        description="Extra trainer arguments. The embedded trainer knows --compute-dtype=auto|float32|bfloat16 and --threads=N.",
+    )
+    purpose: str | None = Field(None, description="Purpose name passed to the trainer job.")
+
+    @model_validator(mode="after")
+    def _shape_owns_hardware(self) -> Self:
+        overrides = [name for name in SHAPE_OWNED_FIELDS if getattr(self, name) is not None]
+        if self.training_shape_id is not None and overrides:
+            values = ", ".join(f"{name}={getattr(self, name)!r}" for name in overrides)
+            raise ValueError(
+                f"{values} cannot be set together with training_shape_id={self.training_shape_id!r}: the shape owns "
+                f"{'it' if len(overrides) == 1 else 'them'}. Remove {', '.join(overrides)}, or remove training_shape_id for a manual launch."
+            )
+        return self
+
+
+class DeployConfig(Config):
+    """Deployment for sampling and weight sync. With `deployment_shape` set, the shape owns hardware and serving config."""
+
+    deployment_id: str | None = Field(
+        None,
+        description="Deployment to adopt; it is never deleted. None = one is derived from the base model and the run.",
+    )
+    tokenizer_model: str | None = Field(
+        None, description="Model name or folder for client-side tokenization. Required for RL sampling."
+    )
+    deployment_shape: str | None = Field(
+        None, description="Deployment shape resource name; owns hardware and serving config."
+    )
+    deployment_region: str | None = Field(None, description="Region. None = the shape decides.")
+    deployment_accelerator_type: str | None = Field(
+        None, description="Accelerator type, only without a deployment shape."
+    )
+    hot_load_bucket_type: str = Field(
+        "FW_HOSTED", description="Storage of the snapshots that the deployment hot loads."
+    )
+    deployment_timeout_s: float = Field(5400, gt=0, description="Seconds until the deployment must be ready.")
+    deployment_extra_args: list[str] | None = Field(None, description="Extra serving arguments.")
+    sample_timeout: int = Field(600, gt=0, description="Seconds: HTTP read timeout of one sampling request.")
+    disable_speculative_decoding: bool = Field(
+        True, description="Disable speculative decoding, for compatibility with hot loads."
+    )
+    extra_values: dict[str, str] | None = Field(None, description="Extra deployment Helm values.")
+    replica_count: int | None = Field(None, ge=1, description="Pin the deployment to this many replicas. None = 1.")
+
+    @model_validator(mode="after")
+    def _shape_owns_hardware(self) -> Self:
+        overrides = [name for name in DEPLOYMENT_SHAPE_OWNED_FIELDS if getattr(self, name) is not None]
+        if self.deployment_shape is not None and overrides:
+            raise ValueError(
+                f"deployment_accelerator_type={self.deployment_accelerator_type!r} cannot be set together with "
+                f"deployment_shape={self.deployment_shape!r}: the shape owns it. Remove one of the two."
+            )
+        return self
+
+
+class WeightSyncConfig(Config):
+    """Intervals and deadlines of weight syncs and of distributed checkpoints (DCP)."""
+
+    weight_sync_interval: int = Field(
+        1, ge=0, description="Save and sync sampler weights every N optimizer steps. 0 = never."
+    )
+    dcp_save_interval: int = Field(
+        0,
+        ge=0,
+        description="Save a DCP checkpoint to resume from every N optimizer steps. 0 = never: then a run that dies starts over.",
+    )
+    dcp_timeout: int = Field(2700, gt=0, description="Seconds for one DCP save or load.")
+    first_checkpoint_type: Annotated[str, AfterValidator(_Choice(("base", "delta")))] = _choice(
+        "base", "Type of the first sampler snapshot.", "base", "delta"
+    )
+    weight_sync_before_training: bool = Field(
+        False, description="Save a base snapshot and hot load it before the first step."
+    )
+    weight_sync_timeout: int = Field(600, gt=0, description="Seconds for one hot load.")
+
+
+class WandBConfig(Config):
+    """Weights & Biases. Without a project nothing is sent; WANDB_MODE=offline keeps the run on disk."""
+
+    entity: str | None = Field(None, description="W&B team or user name.")
+    project: str | None = Field(None, description="W&B project name. None = W&B is off.")
+    run_name: str | None = Field(None, description="W&B run name. None = made from the run id.")
+
+
+class ConcurrencyConfig(Config):
+    """How many sampling requests are in flight."""
+
+    mode: Annotated[str, AfterValidator(_Choice(("adaptive", "fixed")))] = _choice(
+        "adaptive",
+        "adaptive = follow the server's prefill queue; fixed = exactly max_concurrency in flight.",
+        "adaptive",
+        "fixed",
+    )
+    initial_window: int | None = Field(
+        None, ge=1, description="First window of the adaptive mode. None = 8 for each replica."
+    )
+    min_window: int = Field(1, ge=1, description="Smallest window of the adaptive mode.")
+    max_window: int = Field(256, ge=1, description="Largest window of the adaptive mode.")
+    max_concurrency: int | None = Field(None, ge=1, description="Requests in flight when mode is fixed.")
+    prefill_queue_target: float = Field(
+        0.5, gt=0, description="Seconds of prefill queue that the adaptive mode aims for."
+    )
+
+    @model_validator(mode="after")
+    def _windows_fit(self) -> Self:
+        if self.mode == "fixed" and self.max_concurrency is None:
+            raise ValueError(
+                "max_concurrency is None, but mode is 'fixed'. Set max_concurrency, or mode to 'adaptive'."
+            )
+        if self.min_window > self.max_window:
+            raise ValueError(
+                f"min_window={self.min_window} is above max_window={self.max_window}. Swap or change them."
+            )
+        return self
+
+
+class RunnerConfig(Config):
+    """Files for an outer orchestrator. Each field falls back to its environment variable; None and unset = not written."""
+
+    status_file: str | None = Field(
+        None, description="JSON with status and progress, replaced as the run goes. Env: COOKBOOK_STATUS_FILE."
+    )
+    metadata_file: str | None = Field(
+        None, description="JSON with tokens and accelerator-seconds, replaced. Env: COOKBOOK_METADATA_FILE."
+    )
+    metrics_file: str | None = Field(
+        None, description="JSONL with the metrics of each step. Env: COOKBOOK_METRICS_FILE."
+    )
+    output_model_path: str | None = Field(
+        None, description="JSON with the final model, written once. Env: COOKBOOK_OUTPUT_MODEL_PATH."
+    )
+
+
+class RetryConfig(Config):
+    """Retries of idempotent work: provisioning, DCP saves, weight syncs, evaluation, promotion. A training step is never retried."""
+
+    attempts: int = Field(4, ge=1, le=20, description="Attempts in all, the first one included. 1 = no retry.")
+    initial_delay_s: float = Field(
+        2.0, ge=0, description="Seconds before the second attempt; doubles with each further one."
+    )
+    max_delay_s: float = Field(60.0, ge=0, description="Seconds: longest pause between two attempts.")
+    jitter: float = Field(
+        0.25, ge=0, le=1, description="Share of the pause that is random, so that many runs do not retry in step."
+    )
+    deadline_s: float = Field(
+        0, ge=0, description="Seconds over all attempts and pauses. 0 = bounded only by the attempts' own deadlines."
+    )
+
+    def delays(self) -> list[float]:
+        """Pauses before attempts 2, 3, ... in seconds, without jitter."""
+        return [min(self.initial_delay_s * 2**i, self.max_delay_s) for i in range(self.attempts - 1)]
+
+
+class AdamConfig(Config):
+    """AdamW, with decoupled weight decay on all trained parameters (Loshchilov and Hutter 2019, arXiv:1711.05101)."""
+
+    beta1: float = Field(0.9, ge=0, lt=1, description="Decay of the first moment.")
+    beta2: float = Field(0.999, ge=0, lt=1, description="Decay of the second moment.")
+    eps: float = Field(1e-8, gt=0, description="Added to the denominator.")
+    weight_decay: float = Field(0.01, ge=0, description="Decoupled weight decay. 0 = off.")
+    grad_clip_norm: float = Field(0.0, ge=0, description="Global norm to which gradients are clipped. 0 = off.")
+
+
+class EvalConfig(Config):
+    """Held-out evaluation: loss, token accuracy and exact match, before and after training and every `interval` steps."""
+
+    dataset: str | None = Field(None, description="JSONL file with held-out rows. None = no evaluation.")
+    interval: int = Field(
+        0, ge=0, description="Also evaluate every N optimizer steps. 0 = only before and after training."
+    )
+    max_examples: int | None = Field(None, ge=1, description="Use only the first N rows. None = all.")
+    timeout_s: int = Field(1800, gt=0, description="Seconds for one evaluation.")
+
+
+TRAIN_ON_WHAT = ("all_assistant_messages", "last_assistant_message", "all_messages")
+LR_SCHEDULES = ("constant", "linear", "cosine")
+GRAD_ACCUMULATION_NORMALIZATIONS = ("num_loss_tokens", "num_sequences", "none")
+BACKENDS = ("embedded", "fireworks")
+
+
+class RecipeConfig(Config):
+    """What all recipes share."""
+
+    recipe: ClassVar[str]
+
+    log_path: str = Field(
+        min_length=1,
+        description="Run directory: state, checkpoint records, metrics. Start again with the same one to resume.",
+        json_schema_extra={"position": 0},
+    )
+    base_model: str = Field(
+        min_length=1,
+        description="Model to fine-tune: a name of `cookbook models list`, a local Hugging Face folder, or a model resource of the backend.",
+        json_schema_extra={"position": 1},
+    )
+    dataset: str = Field(
+        min_length=1, description="JSONL file with the training rows.", json_schema_extra={"position": 2}
+    )
+    backend: Annotated[str, AfterValidator(_Choice(BACKENDS))] = _choice(
+        "embedded",
+        "Where to train: embedded = a server on this machine; fireworks = the Fireworks training API (key from FIREWORKS_API_KEY or the Secret block fireworks-api-key).",
+        *BACKENDS,
+    )
+    tokenizer_model: str | None = Field(None, description="Model name or folder of the tokenizer. None = base_model.")
+    epochs: int = Field(1, ge=1, description="Passes over the data.")
+    max_seq_len: int | None = Field(
+        None,
+        ge=2,
+        description="Longest row in tokens; longer ones are dropped and named. None = the context length of the shape or model.",
+    )
+    lora_rank: int = Field(0, ge=0, le=1024, description="Rank of the LoRA adapter. 0 = full-parameter training.")
+    seed: int = Field(0, ge=0, lt=2**31, description="Seed of shuffling and adapter initialization.")
+    init_from_checkpoint: str | None = Field(
+        None,
+        description='Start from the weights of this checkpoint, "name" or "job_id:name", with a fresh optimizer and step 0. Used only while log_path has no checkpoint of its own.',
+    )
+    output_model_id: str | None = Field(
+        None,
+        description="Promote the final checkpoint to a model with this id ([a-z0-9-], at most 63). None = do not promote.",
+    )
+    save_final_checkpoint: bool = Field(True, description="Save weights, optimizer and a sampler snapshot at the end.")
+    grad_accumulation_normalization: Annotated[
+        str | None, AfterValidator(_Choice(GRAD_ACCUMULATION_NORMALIZATIONS))
+    ] = _choice(
+        None,
+        "What the trainer divides the accumulated gradient by. None = the loss is already normalized by the client.",
+        *GRAD_ACCUMULATION_NORMALIZATIONS,
+    )
+    step_timeout: int = Field(0, ge=0, description="Seconds for one training step. 0 = 3600.")
+    promote_timeout_s: int = Field(1800, gt=0, description="Seconds for promoting the final checkpoint.")
+    infra: InfraConfig = Field(default_factory=InfraConfig, description="Trainer hardware.")
+    weight_sync: WeightSyncConfig = Field(
+        default_factory=WeightSyncConfig, description="Intervals of weight syncs and DCP saves."
+    )
+    adam: AdamConfig = Field(default_factory=AdamConfig, description="Optimizer.")
+    retry: RetryConfig = Field(default_factory=RetryConfig, description="Retries of idempotent work.")
+    wandb: WandBConfig = Field(default_factory=WandBConfig, description="Weights & Biases.")
+    runner: RunnerConfig = Field(default_factory=RunnerConfig, description="Files for an outer orchestrator.")
+
+    @property
+    def step_timeout_s(self) -> float:
+        """Deadline of one training step in seconds."""
+        return float(self.step_timeout or 3600)
+
+    def rule_problems(self) -> list[Problem]:
+        """Rules over several fields or over the shape of a value. Bounds and types are the fields' own."""
+        problems: list[Problem] = []
+        if self.output_model_id is not None and not OUTPUT_MODEL_ID.fullmatch(self.output_model_id):
+            problems.append(
+                Problem(
+                    "output_model_id",
+                    f"{self.output_model_id!r} is not a model id.",
+                    "Use 1 to 63 of a-z, 0-9 and '-', not at the ends.",
+                )
+            )
+        if self.output_model_id is not None and not self.save_final_checkpoint:
+            problems.append(
+                Problem(
+                    "output_model_id",
+                    f"{self.output_model_id!r} needs a final checkpoint, but save_final_checkpoint is false.",
+                    "Set it to true, or remove output_model_id.",
+                )
+            )
+        if self.init_from_checkpoint is not None and not CHECKPOINT_REFERENCE.fullmatch(self.init_from_checkpoint):
+            problems.append(
+                Problem(
+                    "init_from_checkpoint",
+                    f"{self.init_from_checkpoint!r} is not a checkpoint.",
+                    'Write "name" or "job_id:name", in a-z, 0-9 and "-".',
+                )
+            )
+        if self.backend == "fireworks" and self.infra.training_shape_id is None:
+            missing = [n for n in ("accelerator_type", "accelerator_count") if getattr(self.infra, n) is None]
+            if missing:
+                names = " and ".join(f"infra.{n}" for n in missing)
+                problems.append(
+                    Problem(
+                        "infra",
+                        f"training_shape_id is None and {names} not set, with backend 'fireworks'.",
+                        "Set infra.training_shape_id, or the accelerator's type and count for a manual launch.",
+                    )
+                )
+        return problems
+
+    @model_validator(mode="after")
+    def _rules(self) -> Self:
+        problems = self.rule_problems()
+        if problems:
+            raise ConfigError(problems)
+        return self
+
+
+class ScheduledConfig(RecipeConfig):
+    """A recipe with a learning-rate schedule and warm-up."""
+
+    lr_schedule: Annotated[str, AfterValidator(_Choice(LR_SCHEDULES))] = _choice(
+        "constant", "Learning rate after the warm-up, until the last step.", *LR_SCHEDULES
+    )
+    warmup_ratio: float = Field(
+        0.0, ge=0, lt=1, description="Share of all steps over which the learning rate rises linearly from 0."
+    )
+    min_lr_ratio: float = Field(
+        0.0, ge=0, le=1, description="Share of learning_rate at which linear and cosine schedules end."
+    )
+
+
+class SFTConfig(ScheduledConfig):
+    """Supervised fine-tuning on chat rows: `{"messages": [{"role", "content"}, ...]}`."""
+
+    recipe: ClassVar[str] = "sft"
+
+    learning_rate: float = Field(1e-4, gt=0, le=1, description="Peak learning rate.")
+    epochs: int = Field(3, ge=1, description="Passes over the data.")
+    batch_size: int = Field(32, ge=1, le=65536, description="Examples in one optimizer step.")
+    max_examples: int | None = Field(None, ge=1, description="Use only the first N rows. None = all.")
+    train_on_what: Annotated[str, AfterValidator(_Choice(TRAIN_ON_WHAT))] = _choice(
+        "all_assistant_messages", "Which tokens are trained.", *TRAIN_ON_WHAT
+    )
+    renderer_name: str | None = Field(
+        None, description="How messages become tokens. None = the tokenizer's own chat template."
+    )
+    evaluation: EvalConfig = Field(default_factory=EvalConfig, description="Held-out evaluation.")
+
+    def learning_rate_at(self, step: int, total_steps: int) -> float:
+        """Learning rate of optimizer step `step` (0-based) out of `total_steps`.
+
+        Warm-up rises linearly over the first round(warmup_ratio * total_steps) steps, so that step 0 already moves; the
+        schedule then runs to min_lr_ratio * learning_rate at the last step.
+        """
+        warmup = round(self.warmup_ratio * total_steps)
+        if step < warmup:
+            return self.learning_rate * (step + 1) / (warmup + 1)
+        done = (step - warmup) / max(1, total_steps - 1 - warmup)
+        remaining = {"constant": 1.0, "linear": 1.0 - done, "cosine": 0.5 * (1.0 + math.cos(math.pi * done))}[
+            self.lr_schedule
+        ]
+        return self.learning_rate * (
+            self.min_lr_ratio + (1.0 - self.min_lr_ratio) * remaining if self.lr_schedule != "constant" else 1.0
+        )
+
+
+RECIPE_CONFIGS: Mapping[str, type[RecipeConfig]] = {"sft": SFTConfig}
+
+
+@dataclass(frozen=True)
+class Environment:
+    """What the process environment says. Keys never show in a repr."""
+
+    home: Path
+    fireworks_base_url: str
+    fireworks_api_key: str | None = field(default=None, repr=False)
+    runner_files: Mapping[str, str] = field(default_factory=dict)
+    wandb_mode: str = "online"
+    wandb_key_present: bool = False
+    """Whether W&B finds a key of its own: in its variables or in the netrc file. The key itself is never read."""
+
+
+def environment() -> Environment:
+    """Read COOKBOOK_HOME, FIREWORKS_API_KEY, FIREWORKS_BASE_URL, the COOKBOOK_*_FILE and the WANDB_* variables, now."""
+    home = os.environ.get("COOKBOOK_HOME") or "~/.cookbook"
+    names = {
+        "status_file": "COOKBOOK_STATUS_FILE",
+        "metadata_file": "COOKBOOK_METADATA_FILE",
+        "metrics_file": "COOKBOOK_METRICS_FILE",
+        "output_model_path": "COOKBOOK_OUTPUT_MODEL_PATH",
+    }
+    return Environment(
+        home=Path(home).expanduser().resolve(),
+        fireworks_base_url=os.environ.get("FIREWORKS_BASE_URL") or "https://api.fireworks.ai",
+        fireworks_api_key=os.environ.get("FIREWORKS_API_KEY") or None,
+        runner_files={key: os.environ[name] for key, name in names.items() if os.environ.get(name)},
+        wandb_mode=os.environ.get("WANDB_MODE") or "online",
+        wandb_key_present=_wandb_key_present(),
+    )
+
+
+def _wandb_key_present() -> bool:
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
+        return True
+    host = urlsplit(os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai").hostname
+    path = Path(os.environ.get("NETRC") or "~/.netrc").expanduser()
+    try:
+        return host in netrc.netrc(path).hosts
+    except (OSError, netrc.NetrcParseError):
+        return False

@@ -1,0 +1,190 @@
+"""A training set of chat rows: counted once over all rows, rendered again batch by batch, never held in memory.
+
+In which order rows are trained: epochs.py. What the counts mean for a run: preflight.py.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cookbook.data.epochs import START, EpochPlan, Position
+from cookbook.data.jsonl import JsonlFile
+from cookbook.data.rendering import RenderedRow, Renderer
+from cookbook.errors import DataError
+
+__all__ = ["Batch", "SFTDataset"]
+
+MAX_NAMED_ROWS = 20
+"""So many rows are named one by one in an error or report; the others are counted."""
+PROGRESS_ROWS = 10_000
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """The rows of one optimizer step: rows `start` to `stop` (exclusive) of the epoch's permutation."""
+
+    epoch: int
+    start: int
+    stop: int
+    ordinals: tuple[int, ...]
+    """Row numbers in the data file, 0-based."""
+    rows: tuple[RenderedRow, ...] = field(repr=False)
+    next: Position
+    """Where training goes on once this batch is trained; what a checkpoint records."""
+
+    @property
+    def num_trained(self) -> int:
+        """Trained tokens of the batch."""
+        return sum(row.num_trained for row in self.rows)
+
+
+@dataclass(frozen=True, eq=False)
+class SFTDataset:
+    """The rows of a data file that fit, with their token counts. Made by `SFTDataset.prepare`."""
+
+    file: JsonlFile
+    renderer: Renderer
+    max_seq_len: int
+    lengths: NDArray[np.int32] = field(repr=False)
+    """int32 (rows,): tokens of every row that was considered, dropped ones included."""
+    trained: NDArray[np.int32] = field(repr=False)
+    """int32 (rows,): trained tokens of the same rows."""
+    kept: NDArray[np.int64] = field(repr=False)
+    """int64 (kept rows,): ordinals of the rows that fit, in file order."""
+
+    @classmethod
+    def prepare(
+        cls,
+        path: str | Path,
+        renderer: Renderer,
+        *,
+        cache_dir: Path,
+        max_seq_len: int,
+        max_examples: int | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> SFTDataset:
+        """Check and count every row of the file at `path`, or its first `max_examples`.
+
+        Rows longer than `max_seq_len` tokens are dropped and can be named (`dropped`). An invalid row is never
+        dropped: it is an error. The counts are kept in `cache_dir`, under the data, tokenizer and renderer, so that a
+        resumed run does not count again; `progress` gets (rows done, rows) every 10,000 rows while counting.
+
+        Raises:
+            DataError: the file is missing or empty, rows are invalid (up to 20 are named, all are counted), or no row
+                fits into `max_seq_len`.
+        """
+        file = JsonlFile.open(path)
+        num_rows = len(file) if max_examples is None else min(max_examples, len(file))
+        key = hashlib.sha256(f"{file.fingerprint}/{renderer.fingerprint}/{num_rows}".encode()).hexdigest()[:20]
+        counts = _load_counts(cache_dir / f"rows-{key}.npy", num_rows)
+        if counts is None:
+            counts = _count_rows(file, renderer, num_rows, progress)
+            _write_counts(cache_dir / f"rows-{key}.npy", counts)
+        kept = np.flatnonzero(counts[0] <= max_seq_len)
+        if len(kept) == 0:
+            raise DataError(
+                f"no row of {file.path} fits into max_seq_len={max_seq_len}: the shortest of {num_rows} has "
+                f"{int(counts[0].min())} tokens. Raise max_seq_len or shorten the rows."
+            )
+        return cls(file, renderer, max_seq_len, counts[0], counts[1], kept)
+
+    @property
+    def num_rows(self) -> int:
+        """Rows considered: those of the file, or `max_examples` of them."""
+        return len(self.lengths)
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 (hex) of the data file's bytes."""
+        return self.file.fingerprint
+
+    def dropped(self, limit: int = MAX_NAMED_ROWS) -> list[tuple[int, int]]:
+        """The first `limit` dropped rows as (ordinal, tokens)."""
+        ordinals = np.flatnonzero(self.lengths > self.max_seq_len)[:limit]
+        return [(int(ordinal), int(self.lengths[ordinal])) for ordinal in ordinals]
+
+    def render(self, ordinal: int) -> RenderedRow:
+        """Row `ordinal` of the data file as tokens and weights.
+
+        Raises:
+            DataError: the file changed since it was counted.
+        """
+        return self.renderer.render(self.file[ordinal], self.file.where(ordinal))
+
+    def plan(self, *, batch_size: int, epochs: int, seed: int) -> EpochPlan:
+        """The order in which the kept rows are trained."""
+        return EpochPlan(num_rows=len(self.kept), batch_size=batch_size, epochs=epochs, seed=seed)
+
+    def batches(self, plan: EpochPlan, start: Position = START) -> Iterator[Batch]:
+        """The batches of `plan` from `start` to the end of the last epoch."""
+        assert plan.num_rows == len(self.kept), "the plan was made for another data set"
+        for part in plan.slices(start):
+            ordinals = tuple(self.kept[part.indices].tolist())
+            rows = tuple(self.render(ordinal) for ordinal in ordinals)
+            yield Batch(part.epoch, part.start, part.start + len(ordinals), ordinals, rows, part.next)
+
+    def rows(self) -> Iterator[RenderedRow]:
+        """The kept rows in file order, rendered one by one; for evaluation."""
+        return (self.render(int(ordinal)) for ordinal in self.kept)
+
+
+def _load_counts(path: Path, num_rows: int) -> NDArray[np.int32] | None:
+    """int32 (2, rows), lengths and trained tokens, mapped; None when there is no usable file."""
+    try:
+        counts: NDArray[np.int32] = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError):  # absent, or damaged: it is only a cache
+        return None
+    return counts if counts.shape == (2, num_rows) and counts.dtype == np.int32 else None
+
+
+def _count_rows(
+    file: JsonlFile, renderer: Renderer, num_rows: int, progress: Callable[[int, int], None] | None
+) -> NDArray[np.int32]:
+    """int32 (2, rows): render every row once for its length and trained tokens; all invalid rows in one error."""
+    counts = np.zeros((2, num_rows), np.int32)
+    problems: list[str] = []
+    num_problems = 0
+    for ordinal, row in file.rows(num_rows):
+        try:
+            if isinstance(row, DataError):
+                raise row
+            rendered = renderer.render(row, file.where(ordinal))
+            counts[:, ordinal] = len(rendered.tokens), rendered.num_trained
+        except DataError as error:
+            num_problems += 1
+            if len(problems) < MAX_NAMED_ROWS:
+                problems.append(str(error))
+        if progress is not None and (ordinal + 1) % PROGRESS_ROWS == 0:
+            progress(ordinal + 1, num_rows)
+    if num_problems:
+        raise DataError(_invalid_rows(file, problems, num_problems, num_rows))
+    return counts
+
+
+def _write_counts(path: Path, counts: NDArray[np.int32]) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".rows-") as temporary:
+            with (Path(temporary) / path.name).open("wb") as file:
+                np.save(file, counts)
+                file.flush()
+                os.fsync(file.fileno())
+            (Path(temporary) / path.name).replace(path)
+    except OSError as error:
+        raise DataError(
+            f"{path} cannot be written: {error.strerror}. Free space or make the folder writable."
+        ) from error
+
+
+def _invalid_rows(file: JsonlFile, problems: list[str], num_problems: int, num_rows: int) -> str:
+    more = num_problems - len(problems)
+    lines = [f"{num_problems} of {num_rows} rows of {file.path} cannot be used:", *(f"  - {p}" for p in problems)]
+    return "\n".join([*lines, f"  - and {more} more"] if more else lines)

@@ -1,0 +1,107 @@
+"""All that an SFT run reads: training rows, held-out rows, the order of the batches, and the report about them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from cookbook.config import SFTConfig
+from cookbook.data.dataset import Batch, SFTDataset
+from cookbook.data.epochs import EpochPlan, Position
+from cookbook.data.preflight import PreflightReport, preflight_report
+from cookbook.data.rendering import RenderedRow, Renderer
+from cookbook.errors import ConfigError, DataError, ModelError, Problem
+from cookbook.models import context_length, load_tokenizer, resolve_model
+
+__all__ = ["SFTData", "load_sft_data"]
+
+
+@dataclass(frozen=True, eq=False)
+class SFTData:
+    """The data of one SFT run. Made by `load_sft_data`."""
+
+    train: SFTDataset = field(repr=False)
+    held_out: SFTDataset | None = field(repr=False)
+    plan: EpochPlan
+    report: PreflightReport = field(repr=False)
+
+    @property
+    def longest_row(self) -> int:
+        """Tokens of the longest row that is trained or evaluated; the trainer's context must hold it."""
+        datasets = [self.train] + ([self.held_out] if self.held_out is not None else [])
+        return max(int(dataset.lengths[dataset.kept].max()) for dataset in datasets)
+
+    def batches(self, start: Position) -> Iterator[Batch]:
+        """Batches from `start` to the end of the last epoch."""
+        return self.train.batches(self.plan, start)
+
+    def held_out_rows(self) -> Iterator[RenderedRow]:
+        """Held-out rows in file order; none without a held-out data set."""
+        return self.held_out.rows() if self.held_out is not None else iter(())
+
+
+def load_sft_data(
+    config: SFTConfig,
+    models_dir: Path,
+    cache_dir: Path,
+    *,
+    shape_context: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> SFTData:
+    """Read, check and count all rows that `config` names.
+
+    Args:
+        models_dir: folder of the models known by name.
+        cache_dir: folder for the counts, so that a resumed run does not count again.
+        shape_context: context length of the training shape in tokens, None on a manual launch.
+        progress: gets (rows done, rows) now and then.
+
+    Raises:
+        ConfigError: the problems of the model, the training rows and the held-out rows, together.
+    """
+    renderer, limit = _renderer_and_limit(config, models_dir, shape_context)
+    problems: list[Problem] = []
+
+    def prepare(where: str, path: str, max_examples: int | None) -> SFTDataset | None:
+        try:
+            return SFTDataset.prepare(
+                path, renderer, cache_dir=cache_dir, max_seq_len=limit, max_examples=max_examples, progress=progress
+            )
+        except DataError as error:
+            problems.append(Problem(where, str(error), ""))
+            return None
+
+    train = prepare("dataset", config.dataset, config.max_examples)
+    evaluation, held_out = config.evaluation, None
+    if evaluation.dataset is not None:
+        held_out = prepare("evaluation.dataset", evaluation.dataset, evaluation.max_examples)
+    if problems or train is None:
+        raise ConfigError(problems)
+    plan = train.plan(batch_size=config.batch_size, epochs=config.epochs, seed=config.seed)
+    report = preflight_report(train, plan, dcp_save_interval=config.weight_sync.dcp_save_interval, evaluation=held_out)
+    return SFTData(train, held_out, plan, report)
+
+
+def _renderer_and_limit(config: SFTConfig, models_dir: Path, shape_context: int | None) -> tuple[Renderer, int]:
+    """The renderer, and the most tokens that a row may have."""
+    try:
+        tokenizer = load_tokenizer(config.tokenizer_model or config.base_model, models_dir)
+        renderer = Renderer(tokenizer, config.train_on_what, config.renderer_name)
+        limits = {"training shape": shape_context} if shape_context is not None else {}
+        if config.backend == "embedded":
+            limits["model"] = context_length(resolve_model(config.base_model, models_dir))
+    except ModelError as error:
+        raise ConfigError([Problem("tokenizer_model or base_model", str(error), "")]) from error
+    except DataError as error:
+        raise ConfigError([Problem("renderer_name or train_on_what", str(error), "")]) from error
+    owner = min(limits, key=lambda name: limits[name]) if limits else None
+    if config.max_seq_len is None:
+        if owner is None:
+            what = "is None, and neither a training shape nor a local model tells the context length."
+            raise ConfigError([Problem("max_seq_len", what, "Set it.")])
+        return renderer, limits[owner]
+    if owner is not None and config.max_seq_len > limits[owner]:
+        what = f"is {config.max_seq_len}, above the context length of the {owner}, {limits[owner]} tokens."
+        raise ConfigError([Problem("max_seq_len", what, "Lower it, or leave it out to use the whole context.")])
+    return renderer, config.max_seq_len

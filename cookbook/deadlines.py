@@ -1,0 +1,51 @@
+"""Deadlines for calls that have none: the SDK blocks for minutes in constructors and control-plane calls."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import TypeVar
+
+__all__ = ["Deadline", "call_with_deadline"]
+
+T = TypeVar("T")
+
+
+class Deadline:
+    """A moment on the monotonic clock, `seconds` from now."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+        self._end = time.monotonic() + seconds
+
+    def remaining(self) -> float:
+        """Seconds left, never below 0."""
+        return max(0.0, self._end - time.monotonic())
+
+    @property
+    def expired(self) -> bool:
+        """Whether the moment has passed."""
+        return self.remaining() == 0.0
+
+
+def call_with_deadline(function: Callable[[], T], seconds: float) -> T:
+    """Call `function` in a thread of its own, and wait for it no longer than `seconds`.
+
+    A call that is late is abandoned, not ended: its thread is a daemon and its result is dropped. Ctrl-C works while
+    waiting.
+
+    Raises:
+        TimeoutError: the call is late; also whatever it raises.
+    """
+    outcome: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            outcome.set_result(function())
+        except BaseException as error:
+            outcome.set_exception(error)
+
+    threading.Thread(target=run, name="cookbook-deadline", daemon=True).start()
+    return outcome.result(seconds)

@@ -1,0 +1,48 @@
+"""The SFT recipe as a Prefect flow. What each line does lives in tasks/ and cookbook/."""
+
+from __future__ import annotations
+
+from prefect import flow
+
+from cookbook.config import SFTConfig
+from cookbook.data import Position
+from cookbook.summary import RunSummary
+from tasks.checkpoints import dcp_save, restore
+from tasks.evaluation import evaluate
+from tasks.preflight import preflight
+from tasks.promotion import promote
+from tasks.provisioning import provision_trainer
+from tasks.run import due, open_run
+from tasks.training import train
+
+__all__ = ["sft"]
+
+
+@flow(name="sft", flow_run_name="sft-{config.base_model}", validate_parameters=True)
+def sft(config: SFTConfig) -> RunSummary:
+    """Supervised fine-tuning: token-mean cross-entropy on the assistant's tokens, AdamW, one step a batch.
+
+    Run it again with the same log_path to resume: from the last committed checkpoint, at the exact row.
+    """
+    with open_run(config) as run:
+        if run.finished:
+            return run.directory.summary()
+
+        data = preflight(run)  # every row rendered and counted, before anything costs money
+        provision_trainer(run)
+        progress = restore(run, data)  # the last commit, or zeros on a fresh run
+        evaluate(run, data, progress)  # held-out rows before training; done already on a resume
+
+        for batch in data.batches(Position(progress.epoch, progress.position)):
+            progress = train(run, batch, progress)  # forward_backward + optim_step
+            if due(config.evaluation.interval, progress):
+                evaluate(run, data, progress)
+            if due(config.weight_sync.dcp_save_interval, progress):
+                dcp_save(run, progress)
+
+        evaluate(run, data, progress)
+        if config.save_final_checkpoint:
+            dcp_save(run, progress, kind="both")
+        if config.output_model_id is not None:
+            promote(run)
+        return run.finish(progress)

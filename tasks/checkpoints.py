@@ -1,0 +1,70 @@
+"""DCP saves, and restoring the state of a run: one path for a fresh run, a retry, a resumed run and one after kill -9."""
+
+from __future__ import annotations
+
+import logging
+
+from cookbook.checkpoints import CheckpointKind, next_checkpoint_name, resolve_resume, save_checkpoint
+from cookbook.client import ReconnectableClient
+from cookbook.data.sft import SFTData
+from cookbook.run import Progress
+from tasks.record import recorded
+from tasks.run import Run
+
+__all__ = ["dcp_save", "restore"]
+
+logger = logging.getLogger(__name__)
+
+
+@recorded(deadline=lambda config: config.weight_sync.dcp_timeout + config.infra.trainer_timeout_s, retried=False)
+def restore(run: Run, data: SFTData) -> Progress:
+    """Open a session on the trainer, load the last commit into it, cut the metrics to it, and say where training goes on.
+
+    Raises:
+        TrainerLost: no session within the deadline.
+        CheckpointError: the last commit cannot be loaded. Never a silent fresh start.
+    """
+    assert run.trainer is not None, "provision_trainer comes first"
+    config = run.config
+    run.client = ReconnectableClient(
+        run.control.jobs,
+        run.trainer.job_id,
+        run.trainer.base_model,
+        lora_rank=config.lora_rank,
+        seed=config.seed,
+        user_metadata=run.directory.user_metadata(),
+        state_timeout_s=config.weight_sync.dcp_timeout,
+    )
+    run.resumed = resolve_resume(run.client, str(run.directory.path), config.init_from_checkpoint)
+    if run.resumed is not None and run.resumed.loop_state:
+        progress = Progress.from_loop_state(run.resumed.loop_state)
+        logger.info("resumed from %s: step %d of %d", run.resumed.name, progress.step, progress.total_steps)
+    else:
+        progress = Progress(0, 0, 0, 0, permutation_seed=config.seed, total_steps=data.plan.total_steps)
+        run.resumed = None
+    run.start(progress)
+    return progress
+
+
+@recorded(deadline=lambda config: config.weight_sync.dcp_timeout, retried=True)
+def dcp_save(run: Run, progress: Progress, kind: str = "state") -> str:
+    """Save weights and optimizer, then append the commit row with `progress`; return the checkpoint's name.
+
+    A retry saves under the next name: a save never overwrites. Kind "both" adds a sampler snapshot to promote.
+
+    Raises:
+        RequestRejected: the trainer could not save (disk full, for one). The commits so far stand.
+        TrainerLost: the trainer is gone or did not answer in time.
+    """
+    name = next_checkpoint_name(run.directory.path, f"step-{progress.step}", taken=run.client.list_checkpoints())
+    save_checkpoint(
+        run.client,
+        name,
+        str(run.directory.path),
+        progress.to_loop_state(),
+        CheckpointKind(kind),
+        base_model=run.config.base_model,
+        training_shape=run.config.infra.training_shape_id,
+        guard=run.directory.guard,
+    )
+    return name

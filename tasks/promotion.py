@@ -1,0 +1,36 @@
+"""Turning the final checkpoint into a named model."""
+
+from __future__ import annotations
+
+from cookbook.provisioning import promote as promote_checkpoint
+
+from cookbook.checkpoints import last_promotable
+from cookbook.errors import CheckpointError
+from tasks.record import recorded
+from tasks.run import Run
+
+__all__ = ["promote"]
+
+
+@recorded(deadline=lambda config: config.promote_timeout_s, retried=True, persist=True)
+def promote(run: Run) -> dict[str, str]:
+    """Promote the last promotable checkpoint to `output_model_id`; return the model's resource name.
+
+    Doing it again with the same checkpoint gives the same model.
+
+    Raises:
+        CheckpointError: the run has no promotable checkpoint, or the id is taken by another model.
+    """
+    config = run.config
+    row = last_promotable(run.directory.path)
+    if row is None or config.output_model_id is None:
+        raise CheckpointError(f"{run.directory.path} has no promotable checkpoint, so nothing to promote.")
+    run.model = promote_checkpoint(
+        run.control,
+        job_id=row.source_job_id,
+        snapshot_name=row.sampler_path,
+        output_model_id=config.output_model_id,
+        base_model=run.trainer.base_model if run.trainer is not None else config.base_model,
+        timeout_s=config.promote_timeout_s,
+    )
+    return {"model": run.model.name}

@@ -1,0 +1,160 @@
+"""The budget of Prefect records: which calls of a task get a task run of their own, and how each is retried.
+
+A loop of 50 ms steps would drown a Prefect server in task runs (each is about 20 KB of its database, and a saturated
+server drops events). So a call within `MIN_INTERVAL_S` of that task's last record runs the same body, with the same
+deadline and retries, but without a record; the next record says how many calls it stands for.
+
+Deadlines are in the bodies (HTTP time-outs, poll loops); Prefect's own time-out is a backstop a little behind them.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import random
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Concatenate, Generic, ParamSpec, TypeVar
+
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+
+from cookbook.config import RecipeConfig, RetryConfig
+from cookbook.errors import BackendError, ConfigError, DataError, LeaseLost, ModelError, RequestRejected, TrainerLost
+
+if TYPE_CHECKING:
+    from tasks.run import Run
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+MIN_INTERVAL_S = 5.0
+"""Seconds between two records of one task."""
+
+BACKSTOP_S = 30.0
+"""Seconds by which Prefect's time-out lies behind the deadline inside the body."""
+
+NEVER_RETRIED = (BackendError, ConfigError, DataError, LeaseLost, ModelError, RequestRejected, TrainerLost)
+"""Errors that another attempt cannot mend: what is wrong must be changed, or the whole run restored."""
+
+logger = logging.getLogger(__name__)
+
+
+def is_retried(error: BaseException) -> bool:
+    """Whether another attempt of the same call could succeed."""
+    return isinstance(error, Exception) and not isinstance(error, NEVER_RETRIED)
+
+
+@dataclass(frozen=True)
+class Policy:
+    """How one task is called in one run: its deadline in seconds, and its retries (None = a single attempt)."""
+
+    deadline_s: float
+    retry: RetryConfig | None
+
+    def prefect_options(self) -> dict[str, Any]:
+        """The same policy as options of a Prefect task."""
+        if self.retry is None or self.retry.attempts == 1:
+            return {"timeout_seconds": self.deadline_s + BACKSTOP_S, "retries": 0}
+        retry, started = self.retry, time.monotonic()
+
+        def goes_on(_task: Any, _run: Any, state: Any) -> bool:
+            error = state.result(raise_on_failure=False)
+            in_time = retry.deadline_s == 0 or time.monotonic() - started < retry.deadline_s
+            return in_time and is_retried(error)
+
+        return {
+            "timeout_seconds": self.deadline_s + BACKSTOP_S,
+            "retries": retry.attempts - 1,
+            "retry_delay_seconds": retry.delays(),
+            "retry_jitter_factor": retry.jitter or None,
+            "retry_condition_fn": goes_on,
+        }
+
+    def call(self, body: Callable[[], T]) -> T:
+        """Run `body` under this policy without Prefect."""
+        delays = self.retry.delays() if self.retry is not None else []
+        started = time.monotonic()
+        for delay in delays:
+            try:
+                return body()
+            except Exception as error:
+                pause = delay * (1 + random.uniform(0, self.retry.jitter if self.retry else 0))
+                late = self.retry and 0 < self.retry.deadline_s < time.monotonic() - started + pause
+                if late or not is_retried(error):
+                    raise
+                logger.warning("%s: %s; trying again in %.1f s", type(error).__name__, error, pause)
+                time.sleep(pause)
+        return body()
+
+
+class RecordedTask(Generic[P, T]):
+    """A function of a run that is also a Prefect task, recorded within the budget. Made by `recorded`."""
+
+    def __init__(
+        self, body: Callable[Concatenate[Run, P], T], deadline: Callable[[Any], float], retried: bool, persist: bool
+    ) -> None:
+        functools.update_wrapper(self, body)
+        self.body = body
+        self.deadline = deadline
+        self.retried = retried
+        self.task = task(body, name=body.__name__, cache_policy=NO_CACHE, persist_result=persist)
+
+    def policy(self, config: RecipeConfig) -> Policy:
+        return Policy(self.deadline(config), config.retry if self.retried else None)
+
+    def __call__(self, run: Run, *args: P.args, **kwargs: P.kwargs) -> T:
+        return run.records.call(self, run, *args, **kwargs)
+
+
+def recorded(
+    *, deadline: Callable[[Any], float], retried: bool, persist: bool = False
+) -> Callable[[Callable[Concatenate[Run, P], T]], RecordedTask[P, T]]:
+    """Make a task out of a function whose first argument is the run.
+
+    Args:
+        deadline: config -> seconds for one attempt; the body must keep it by itself.
+        retried: whether the body is idempotent and retried as the run's RetryConfig says. Never for a training step.
+        persist: whether Prefect keeps the (small) result.
+    """
+
+    def decorate(body: Callable[Concatenate[Run, P], T]) -> RecordedTask[P, T]:
+        return RecordedTask(body, deadline, retried, persist)
+
+    return decorate
+
+
+class Records:
+    """The records that one run has made: when each task was last recorded, and how many calls each had."""
+
+    def __init__(self, config: RecipeConfig, clock: Callable[[], float] = time.monotonic) -> None:
+        self._config = config
+        self._clock = clock
+        self._last: dict[str, float] = {}
+        self._unrecorded: Counter[str] = Counter()
+        self.calls: Counter[str] = Counter()
+        self.recorded: Counter[str] = Counter()
+
+    def call(self, recorded_task: RecordedTask[P, T], run: Run, *args: P.args, **kwargs: P.kwargs) -> T:
+        """Call the task, with a Prefect record when its last one is old enough."""
+        name = recorded_task.body.__name__
+        self.calls[name] += 1
+        policy = recorded_task.policy(self._config)
+        if self._clock() - self._last.get(name, float("-inf")) < MIN_INTERVAL_S:
+            self._unrecorded[name] += 1
+            return policy.call(lambda: recorded_task.body(run, *args, **kwargs))
+        skipped = self._unrecorded.pop(name, 0)
+        self.recorded[name] += 1
+        configured = recorded_task.task.with_options(
+            task_run_name=f"{name} (and {skipped} before)" if skipped else name, **policy.prefect_options()
+        )
+        try:
+            return configured(run, *args, **kwargs)
+        finally:
+            self._last[name] = self._clock()
+
+    def table(self) -> list[dict[str, Any]]:
+        """Calls and records of each task, for the report at the end."""
+        return [{"task": name, "calls": n, "records": self.recorded[name]} for name, n in sorted(self.calls.items())]

@@ -1,0 +1,203 @@
+"""An open run: what the tasks of one flow run share, opened before anything costs money and closed whatever happens.
+
+On success the trainer is deleted (its checkpoints stay). On any error, on cancellation and on SIGTERM it is cancelled:
+that frees the hardware, and the next start with the same log_path goes on from the last commit.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+
+from cookbook.provisioning import ControlPlane, PromotedModel, TrainerHandle, connect, release_trainer
+from prefect.artifacts import create_markdown_artifact
+from prefect.blocks.system import Secret
+
+from cookbook.checkpoints import ResumeInfo, last_commit
+from cookbook.client import ReconnectableClient
+from cookbook.config import Environment, RecipeConfig, environment
+from cookbook.errors import TrainerLost
+from cookbook.files import read_jsonl
+from cookbook.run import Progress, ResourceLedger, RunDirectory
+from cookbook.summary import RunSummary
+from cookbook.tracking import LOSS, Tracker, open_tracker
+from cookbook.tracking.tracker import METRICS_FILE
+from tasks.progress import ProgressArtifact
+from tasks.record import Records
+
+__all__ = ["Run", "due", "open_run"]
+
+SECRET_BLOCK = "fireworks-api-key"
+EVALUATION_GROUP = "eval/"
+
+logger = logging.getLogger(__name__)
+
+
+def due(interval: int, progress: Progress) -> bool:
+    """Whether something that happens every `interval` steps (0 = never) is due after this step, the last one apart.
+
+    The end of a run saves and evaluates by itself.
+    """
+    return interval > 0 and progress.step % interval == 0 and progress.step < progress.total_steps
+
+
+class Run:
+    """What the tasks of one flow run share. A plain class: Prefect does not search such arguments for futures."""
+
+    def __init__(self, config: RecipeConfig, directory: RunDirectory, env: Environment) -> None:
+        self.config = config
+        self.directory = directory
+        self.env = env
+        self.ledger = ResourceLedger(directory)
+        self.records = Records(config)
+        self.tracker: Tracker = open_tracker(config, directory, env)
+        self.artifact = ProgressArtifact(directory.run_id)
+        self.trainer: TrainerHandle | None = None
+        self.resumed: ResumeInfo | None = None
+        self.model: PromotedModel | None = None
+        self.last_loss: float | None = None
+        self.train_seconds = 0.0
+        self.train_tokens = 0
+        self._control: ControlPlane | None = None
+        self._client: ReconnectableClient | None = None
+
+    @property
+    def finished(self) -> bool:
+        """Whether an earlier start of this run has come to its end."""
+        return self.directory.summary() is not None
+
+    @property
+    def control(self) -> ControlPlane:
+        """The control plane of the run's backend; the embedded one starts on first use."""
+        if self._control is None:
+            self._control = connect(self.config.backend, self.env, _api_key(self.config, self.env))
+        return self._control
+
+    @property
+    def client(self) -> ReconnectableClient:
+        """The session on the policy trainer.
+
+        Raises:
+            TrainerLost: none was opened yet.
+        """
+        if self._client is None:
+            raise TrainerLost(f"run {self.directory.run_id} has no session on a trainer yet: restore comes first.")
+        return self._client
+
+    @client.setter
+    def client(self, client: ReconnectableClient) -> None:
+        self._client = client
+
+    def shape_context(self) -> int | None:
+        """Context length of the training shape in tokens; None on a manual launch. Reads, provisions nothing."""
+        shape = self.config.infra.training_shape_id
+        if shape is None:
+            return None
+        return self.control.shape_context(shape)
+
+    def start(self, progress: Progress) -> None:
+        """Training begins at `progress`: cut what is tracked to it."""
+        self.tracker.start(progress)
+        self.artifact.show(progress.step, progress.total_steps)
+
+    def log_step(self, progress: Progress, metrics: Mapping[str, float], *, tokens: int, seconds: float) -> None:
+        """Log one training step everywhere, and count it for the summary."""
+        self.train_seconds += seconds
+        self.train_tokens += tokens
+        self.last_loss = metrics[LOSS]
+        self.tracker.log_step(progress.step, metrics)
+        self.artifact.show(progress.step, progress.total_steps, f"loss {self.last_loss:.4f}")
+
+    def log_evaluation(self, progress: Progress, values: Mapping[str, float]) -> None:
+        """Log held-out numbers of the weights at `progress`."""
+        self.tracker.log_step(progress.step, {f"{EVALUATION_GROUP}{name}": value for name, value in values.items()})
+
+    def evaluations(self) -> dict[int, dict[str, float]]:
+        """Step -> held-out numbers, of all starts of this run up to where it stands; from metrics.jsonl."""
+        found: dict[int, dict[str, float]] = {}
+        for row in read_jsonl(self.directory.path / METRICS_FILE):
+            values = {k.removeprefix(EVALUATION_GROUP): v for k, v in row.items() if k.startswith(EVALUATION_GROUP)}
+            if values:
+                found[row["step"]] = values
+        return found
+
+    def finish(self, progress: Progress) -> RunSummary:
+        """Release the trainer, record how the run ended, show it."""
+        self._release(delete=True)
+        summary = self._summary(progress)
+        self.directory.finish(summary)
+        self.tracker.finish(summary)
+        create_markdown_artifact(summary.to_markdown(), key=f"report-{self.directory.run_id}", description="Report")
+        return summary
+
+    def fail(self, error: BaseException) -> None:
+        """Free what the run holds, and record why it ended. Never raises: the error at hand matters more."""
+        try:
+            self._release(delete=False)
+        except Exception as problem:
+            logger.warning("the trainer could not be cancelled, it ends by itself when idle: %s", problem)
+        with suppress(Exception):
+            self.tracker.finish(error)
+
+    def _release(self, *, delete: bool) -> None:
+        if self._client is not None:
+            self._client.close()
+        if self.trainer is not None:
+            release_trainer(self.control, self.ledger, self.trainer, delete=delete)
+            self.trainer = None
+
+    def _summary(self, progress: Progress) -> RunSummary:
+        evaluations = self.evaluations()
+        commit = last_commit(self.directory.path)
+        ends = {"before": 0, "after": progress.step}
+        return RunSummary(
+            run_id=self.directory.run_id,
+            recipe=self.config.recipe,
+            status="completed",
+            log_path=str(self.directory.path),
+            base_model=self.config.base_model,
+            steps=progress.step,
+            epochs=self.config.epochs,
+            rows_consumed=progress.data_consumed,
+            trained_tokens=progress.trained_tokens,
+            resumed_from_step=self.resumed.step if self.resumed is not None else None,
+            train_seconds=round(self.train_seconds, 3),
+            tokens_per_second=round(self.train_tokens / self.train_seconds, 1) if self.train_seconds else 0.0,
+            final_loss=self.last_loss,
+            evaluation={name: evaluations[step] for name, step in ends.items() if step in evaluations},
+            checkpoint=commit.name if commit is not None else None,
+            checkpoint_path=commit.state_path if commit is not None else None,
+            model=self.model.name if self.model is not None else None,
+            model_folder=str(self.model.folder) if self.model is not None and self.model.folder else None,
+            prefect_calls=self.records.table(),
+        )
+
+
+@contextmanager
+def open_run(config: RecipeConfig) -> Iterator[Run]:
+    """Own the run directory of `config`, and free everything at the end, whatever happens.
+
+    Raises:
+        LeaseLost: another process owns the run.
+        ConfigError: the run was started with another config, and has a commit.
+    """
+    env = environment()
+    contents = config.model_dump(mode="json")
+    with RunDirectory.open(config.log_path, recipe=config.recipe, config=contents, home=env.home) as directory:
+        run = Run(config, directory, env)
+        try:
+            yield run
+        except BaseException as error:
+            run.fail(error)
+            raise
+
+
+def _api_key(config: RecipeConfig, env: Environment) -> str | None:
+    """The key of the fireworks backend: from the environment, else from the Secret block; the embedded one has its own."""
+    if config.backend != "fireworks" or env.fireworks_api_key is not None:
+        return env.fireworks_api_key
+    try:
+        return str(Secret.load(SECRET_BLOCK).get())  # type: ignore[union-attr]
+    except ValueError:  # there is no such block
+        return None

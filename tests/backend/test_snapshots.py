@@ -1,0 +1,151 @@
+"""Snapshots are complete or not there, are never overwritten, and damage is found and named."""
+
+from __future__ import annotations
+
+import dataclasses
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import orjson
+import pytest
+
+from cookbook.backend.snapshots import (
+    Manifest,
+    list_manifests,
+    load_manifest,
+    remove_leftovers,
+    snapshot_dir,
+    verify,
+    write_snapshot,
+)
+from cookbook.errors import CheckpointError
+
+
+def manifest(name: str = "step-1", **changes: object) -> Manifest:
+    fields = {
+        "kind": "state",
+        "name": name,
+        "job_id": "job-a",
+        "base_model": "accounts/local/models/tiny",
+        "lora_rank": 0,
+        "checkpoint_type": None,
+        "promotable": False,
+        "created": 100.0,
+        "step": 1,
+    }
+    return Manifest(**(fields | changes))
+
+
+def write_two_files(folder: Path) -> None:
+    (folder / "weights.bin").write_bytes(b"abc" * 1000)
+    (folder / "nested").mkdir()
+    (folder / "nested" / "config.json").write_text("{}")
+
+
+def save(checkpoints: Path, of: Manifest, write: Callable[[Path], None] = write_two_files) -> Path:
+    folder = snapshot_dir(checkpoints, of.job_id, of.kind, of.name)
+    write_snapshot(folder, of, write)
+    return folder
+
+
+def test_written_snapshot_is_listed_and_verifies(tmp_path: Path) -> None:
+    folder = save(tmp_path, manifest(metadata={"lora_alpha": 16, "dtype": "float32"}))
+    loaded = load_manifest(folder)
+    assert list_manifests(tmp_path, "job-a") == [loaded]
+    assert loaded.files["weights.bin"].size == 3000
+    assert sorted(loaded.files) == ["nested/config.json", "weights.bin"]
+    assert dataclasses.replace(loaded, files={}) == manifest(metadata={"lora_alpha": 16, "dtype": "float32"})
+    verify(folder, loaded)
+
+
+def test_manifests_of_both_kinds_are_listed_oldest_first(tmp_path: Path) -> None:
+    save(tmp_path, manifest("c", created=3.0))
+    save(tmp_path, manifest("a", created=2.0, kind="sampler", checkpoint_type="base", promotable=True))
+    save(tmp_path, manifest("b", created=1.0))
+    assert [found.name for found in list_manifests(tmp_path, "job-a")] == ["b", "a", "c"]
+
+
+def test_unknown_job_has_no_manifests(tmp_path: Path) -> None:
+    assert list_manifests(tmp_path, "no-such-job") == []
+
+
+def test_existing_name_is_never_overwritten(tmp_path: Path) -> None:
+    folder = save(tmp_path, manifest())
+    before = (folder / "weights.bin").read_bytes()
+    with pytest.raises(CheckpointError, match="'step-1' exists already"):
+        save(tmp_path, manifest(), lambda path: (path / "weights.bin").write_bytes(b"other") and None)
+    assert (folder / "weights.bin").read_bytes() == before
+
+
+def test_failed_write_leaves_nothing(tmp_path: Path) -> None:
+    def fail(folder: Path) -> None:
+        write_two_files(folder)
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space left"):
+        save(tmp_path, manifest(), fail)
+    assert list((tmp_path / "job-a" / "state").iterdir()) == []
+
+
+def test_writer_killed_midway_leaves_nothing_visible(tmp_path: Path) -> None:
+    program = (
+        "import os, signal, sys; from pathlib import Path\n"
+        "from tests.backend.test_snapshots import manifest, save, write_two_files\n"
+        "def die(folder):\n    write_two_files(folder); os.kill(os.getpid(), signal.SIGKILL)\n"
+        "save(Path(sys.argv[1]), manifest(), die)\n"
+    )
+    root = Path(__file__).parents[2]
+    done = subprocess.run([sys.executable, "-c", program, str(tmp_path)], cwd=root, timeout=60, check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert len(list((tmp_path / "job-a" / "state").iterdir())) == 1
+    assert list_manifests(tmp_path, "job-a") == []
+    remove_leftovers(tmp_path, "job-a")
+    assert list((tmp_path / "job-a" / "state").iterdir()) == []
+    save(tmp_path, manifest())
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda path: path.unlink(), r"weights\.bin is missing"),
+        (lambda path: path.write_bytes(b"abc"), r"weights\.bin has 3 bytes instead of 3000"),
+        (lambda path: path.write_bytes(b"abd" + b"abc" * 999), r"weights\.bin is damaged: sha256"),
+    ],
+)
+def test_damaged_file_is_named(tmp_path: Path, damage: Callable[[Path], object], message: str) -> None:
+    folder = save(tmp_path, manifest())
+    damage(folder / "weights.bin")
+    with pytest.raises(CheckpointError, match=message):
+        verify(folder, load_manifest(folder))
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"format_version": 1}', b'{"format_version": 1, "files": 3}'])
+def test_damaged_manifest_is_an_error_that_names_it(tmp_path: Path, content: bytes) -> None:
+    folder = save(tmp_path, manifest())
+    (folder / "manifest.json").write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"manifest\.json is damaged"):
+        load_manifest(folder)
+
+
+def test_manifest_of_another_format_version_is_refused(tmp_path: Path) -> None:
+    folder = save(tmp_path, manifest())
+    fields = orjson.loads((folder / "manifest.json").read_bytes())
+    (folder / "manifest.json").write_bytes(orjson.dumps(fields | {"format_version": 2}))
+    with pytest.raises(CheckpointError, match="format_version 2, this program reads 1"):
+        load_manifest(folder)
+
+
+def test_missing_snapshot_is_an_error_with_its_name(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="no checkpoint 'step-9'"):
+        load_manifest(snapshot_dir(tmp_path, "job-a", "state", "step-9"))
+
+
+@pytest.mark.parametrize("name", ["", "..", "a/b", ".hidden", "a\0b", "x" * 201])
+def test_names_that_are_no_folder_names_are_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(CheckpointError, match="cannot be used"):
+        snapshot_dir(tmp_path, "job-a", "state", name)
+    with pytest.raises(CheckpointError, match="cannot be used"):
+        snapshot_dir(tmp_path, name, "state", "step-1")

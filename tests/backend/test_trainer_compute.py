@@ -1,0 +1,150 @@
+"""Logprobs and gradients of the chunked head and the micro-batches are those of plain autograd on the whole."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from cookbook.backend.decoder import HuggingFaceDecoder
+from cookbook.backend.trainer import compute
+from cookbook.backend.trainer.compute import Datum, forward, forward_backward, micro_batches, top_k
+from cookbook.errors import RequestRejected
+from cookbook.losses import KERNELS, LossInput
+from tests.tiny_model import make_tiny_model
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture
+def decoder(tiny: Path) -> HuggingFaceDecoder:
+    decoder = HuggingFaceDecoder.load(tiny, "float32")
+    decoder.model.requires_grad_(True)
+    return decoder
+
+
+def make_data(kernel: str, lengths: tuple[int, ...] = (7, 19, 3, 12), seed: int = 0) -> list[Datum]:
+    """Random datums; about a third of the positions is untrained, weights and advantages have both signs."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def values(length: int) -> Tensor:
+        keep = torch.rand(length, generator=generator) > 0.3
+        return torch.randn(length, generator=generator) * 3 * keep
+
+    data = []
+    for length in lengths:
+        tokens = torch.randint(260, (length + 1,), generator=generator)
+        if kernel == "cross_entropy":
+            inputs = {"weights": values(length)}
+        else:
+            inputs = {"old_logprobs": -5 * torch.rand(length, generator=generator), "advantages": values(length)}
+        data.append(Datum(tokens[:-1], tokens[1:], inputs))
+    return data
+
+
+def reference(tiny: Path, data: list[Datum], kernel: str) -> tuple[list[Tensor], float, dict[str, Tensor]]:
+    """Logprobs, loss and gradients by transformers and autograd, one row at a time."""
+    model = AutoModelForCausalLM.from_pretrained(tiny)
+    config = KERNELS[kernel].check_config({})
+    logprobs, loss = [], torch.zeros(())
+    for datum in data:
+        row = model(datum.tokens[None]).logits[0].log_softmax(-1).gather(-1, datum.targets[:, None])[:, 0]
+        loss = loss + KERNELS[kernel].formula(LossInput(row, **datum.loss_inputs), config).loss
+        logprobs.append(row.detach())
+    loss.backward()
+    return logprobs, loss.item(), {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.parametrize("kernel", sorted(KERNELS))
+@pytest.mark.parametrize("limits", ["whole", "pieces", "recomputed"])
+def test_loss_and_gradients_match_plain_autograd(
+    tiny: Path, decoder: HuggingFaceDecoder, kernel: str, limits: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if limits != "whole":  # 2 rows of 12 or 7 tokens a micro-batch, 5 positions a chunk of the head
+        monkeypatch.setattr(compute, "TOKENS_PER_MICRO_BATCH", 24)
+        monkeypatch.setattr(compute, "_LOGITS_PER_CHUNK", 5 * decoder.vocab_size)
+    if limits == "recomputed":  # one chunk is kept from the forward to the backward pass, the others are not
+        monkeypatch.setattr(compute, "_LOGITS_KEPT", 5 * decoder.vocab_size)
+    data = make_data(kernel)
+    logprobs, loss, gradients = reference(tiny, data, kernel)
+    result = forward_backward(decoder, data, KERNELS[kernel], KERNELS[kernel].check_config({}))
+    assert result.metrics["loss:sum"] == pytest.approx(loss, rel=1e-4)
+    for ours, theirs in zip(result.logprobs, logprobs, strict=True):
+        assert torch.allclose(ours, theirs, atol=1e-4)
+    for name, parameter in decoder.model.named_parameters():
+        assert torch.allclose(parameter.grad, gradients[name], atol=1e-3 * gradients[name].abs().max()), name
+
+
+def test_several_targets_a_position_each_count(tiny: Path, decoder: HuggingFaceDecoder) -> None:
+    targets = torch.tensor([[1, 2], [3, 3], [4, 5]])
+    weights = torch.tensor([[0.5, -1.0], [2.0, 1.0], [0.0, 0.0]])
+    datum = Datum(torch.tensor([10, 11, 12]), targets, {"weights": weights})
+    model = AutoModelForCausalLM.from_pretrained(tiny)
+    expected = model(datum.tokens[None]).logits[0].log_softmax(-1).gather(-1, targets)
+    (-(weights * expected).sum()).backward()
+    result = forward_backward(decoder, [datum], KERNELS["cross_entropy"], {})
+    assert torch.allclose(result.logprobs[0], expected, atol=1e-4)
+    assert (result.num_loss_tokens, result.num_sequences) == (4, 1)
+    ours, theirs = decoder.model.model.norm.weight.grad, model.model.norm.weight.grad
+    assert torch.allclose(ours, theirs, atol=1e-4)
+
+
+def test_both_passes_of_a_client_side_loss_see_the_same_logprobs(decoder: HuggingFaceDecoder) -> None:
+    trained = make_data("cross_entropy", (20, 30, 5))
+    untrained = [Datum(d.tokens, d.targets, {"weights": torch.zeros(len(d.tokens))}) for d in trained]
+    first = forward(decoder, untrained, KERNELS["cross_entropy"], {})
+    second = forward_backward(decoder, trained, KERNELS["cross_entropy"], {})
+    for one, two in zip(first.logprobs, second.logprobs, strict=True):
+        assert torch.allclose(one, two, atol=1e-5)
+
+
+def test_same_data_gives_the_same_bits(decoder: HuggingFaceDecoder) -> None:
+    data = make_data("cross_entropy", (20, 30, 5))
+    runs = []
+    for _ in range(2):
+        decoder.model.zero_grad(set_to_none=True)
+        result = forward_backward(decoder, data, KERNELS["cross_entropy"], {})
+        runs.append([*result.logprobs, *(parameter.grad for parameter in decoder.model.parameters())])
+    assert all(torch.equal(one, two) for one, two in zip(*runs, strict=True))
+
+
+def test_untrained_datum_adds_no_gradient_and_counts_nothing(decoder: HuggingFaceDecoder) -> None:
+    datum = Datum(torch.tensor([1, 2]), torch.tensor([2, 3]), {"weights": torch.zeros(2)})
+    result = forward_backward(decoder, [datum], KERNELS["cross_entropy"], {})
+    assert (result.num_loss_tokens, result.num_sequences, result.metrics["loss:sum"]) == (0, 0, 0.0)
+    assert all(parameter.grad is None for parameter in decoder.model.parameters())
+
+
+def test_metric_keys_say_how_chunks_are_combined(decoder: HuggingFaceDecoder) -> None:
+    result = forward(decoder, make_data("ppo"), KERNELS["ppo"], KERNELS["ppo"].check_config({}))
+    assert set(result.metrics) == {"loss:sum", "num_loss_tokens:sum", "num_sequences:sum", "clipped_tokens:sum"}
+
+
+def test_top_k_is_the_head_of_the_sorted_distribution(tiny: Path, decoder: HuggingFaceDecoder) -> None:
+    data = make_data("cross_entropy", (4, 9))
+    result = top_k(decoder, data, 3)
+    with torch.no_grad():
+        expected = decoder.model(data[1].tokens[None]).logits[0].log_softmax(-1).topk(3)
+    assert torch.equal(result.indices[1], expected.indices)
+    assert torch.allclose(result.logprobs[1], expected.values, atol=1e-4)
+
+
+def test_result_that_is_not_finite_is_refused(decoder: HuggingFaceDecoder) -> None:
+    with torch.no_grad():
+        decoder.model.model.norm.weight.mul_(float("nan"))
+    with pytest.raises(RequestRejected, match="datum 0 gives a cross_entropy loss of nan"):
+        forward_backward(decoder, make_data("cross_entropy", (3,)), KERNELS["cross_entropy"], {})
+
+
+def test_micro_batches_keep_the_budget_and_every_row() -> None:
+    lengths = [3, 50, 10, 10, 9, 200, 1]
+    groups = micro_batches(lengths, 60)
+    assert sorted(row for group in groups for row in group) == list(range(7))
+    assert groups == [[5], [1], [2, 3, 4, 0, 6]]
+    assert all(len(group) == 1 or len(group) * max(lengths[row] for row in group) <= 60 for group in groups)

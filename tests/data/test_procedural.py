@@ -1,0 +1,59 @@
+"""The arithmetic task of a first run."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from cookbook.data import JsonlFile, Renderer, make_task
+from cookbook.data.procedural import NUM_PROBLEMS
+from cookbook.errors import DataError
+
+
+def problems(path: Path) -> list[tuple[int, int, int]]:
+    """(left, right, answer) of every row."""
+    found = []
+    for _, row in JsonlFile.open(path).rows():
+        assert not isinstance(row, DataError)
+        question, answer = (message["content"] for message in row["messages"])
+        match = re.fullmatch(r"What is (\d\d) \+ (\d\d)\? Answer with the number only\.", question)
+        assert match is not None, question
+        found.append((int(match[1]), int(match[2]), int(answer)))
+    return found
+
+
+def test_answers_are_right_and_rows_render(tmp_path: Path, renderer: Renderer) -> None:
+    train, held_out = make_task(tmp_path, num_train=300, num_held_out=100, seed=0)
+    assert (len(problems(train)), len(problems(held_out))) == (300, 100)
+    assert all(left + right == answer for left, right, answer in problems(train) + problems(held_out))
+    assert renderer.render(JsonlFile.open(train)[0], "row 0").num_trained > 0
+
+
+def test_held_out_problems_are_not_trained_in_either_order(tmp_path: Path) -> None:
+    train, held_out = make_task(tmp_path, num_train=NUM_PROBLEMS - 500, num_held_out=500, seed=3)
+    pairs = [frozenset(problem[:2]) for path in (train, held_out) for problem in problems(path)]
+    assert len(set(pairs)) == len(pairs) == NUM_PROBLEMS == 4095
+
+
+def test_the_same_seed_gives_the_same_bytes(tmp_path: Path) -> None:
+    files = [
+        make_task(tmp_path / name, num_train=50, num_held_out=20, seed=seed)
+        for name, seed in (("a", 1), ("b", 1), ("c", 2))
+    ]
+    contents = [(train.read_bytes(), held_out.read_bytes()) for train, held_out in files]
+    assert contents[0] == contents[1] != contents[2]
+    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == ["held_out.jsonl", "train.jsonl"]
+
+
+@pytest.mark.parametrize(("num_train", "num_held_out"), [(0, 5), (5, 0), (4000, 96)])
+def test_counts_that_cannot_be_had_are_errors(tmp_path: Path, num_train: int, num_held_out: int) -> None:
+    with pytest.raises(DataError, match="there are 4,095 problems"):
+        make_task(tmp_path, num_train=num_train, num_held_out=num_held_out, seed=0)
+
+
+def test_a_folder_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(DataError, match="cannot be written"):
+        make_task(tmp_path / "file" / "below", num_train=1, num_held_out=1, seed=0)
