@@ -34,7 +34,9 @@ __all__ = [
     "SFTConfig",
     "WandBConfig",
     "WeightSyncConfig",
+    "bypass_proxies",
     "environment",
+    "set_prefect_defaults",
 ]
 
 SHAPE_OWNED_FIELDS = ("accelerator_type", "accelerator_count", "node_count", "custom_image_tag")
@@ -477,6 +479,16 @@ def environment() -> Environment:
     )
 
 
+def set_prefect_defaults() -> None:
+    """Settings of Prefect for a run that is started on a command line, where the user has not chosen others.
+
+    Call it before anything imports prefect. Our own log lines show, and go to the run's page; no telemetry, which also
+    fights with a temporary server's start over its fresh database.
+    """
+    os.environ.setdefault("PREFECT_LOGGING_EXTRA_LOGGERS", "cookbook,tasks")
+    os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
+
+
 def _wandb_key_present() -> bool:
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
@@ -486,3 +498,11 @@ def _wandb_key_present() -> bool:
         return host in netrc.netrc(path).hosts
     except (OSError, netrc.NetrcParseError):
         return False
+
+
+def bypass_proxies(host: str) -> None:
+    """Keep this process's HTTP clients from sending requests for `host` to a proxy of the environment."""
+    for name in ("NO_PROXY", "no_proxy"):
+        hosts = [entry for entry in os.environ.get(name, "").split(",") if entry]
+        if host not in hosts:
+            os.environ[name] = ",".join([*hosts, host])

@@ -60,6 +60,15 @@ class ResourceLedger:
         """The newest generation of a role, freed or not; None when there was none."""
         return max((r for r in self.all() if r.role == role), key=lambda r: r.generation, default=None)
 
+    def check_lease(self) -> None:
+        """Check that this process still owns the run.
+
+        Raises:
+            LeaseLost: it does not; the run's resources are another's.
+        """
+        with self._run.guard():
+            pass
+
     def all(self) -> list[ResourceRecord]:
         """Every resource the run ever asked for, in its latest state."""
         return read_resources(self._run.path)

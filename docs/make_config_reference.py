@@ -1,4 +1,4 @@
-"""Writes docs/config.md from the config classes, so that it names every field. Run: python docs/make_config_reference.py"""
+"""Writes docs/config.md from the config classes, so that it names every field. Run: make docs"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""DCP saves, and restoring the state of a run: one path for a fresh run, a retry, a resumed run and one after kill -9."""
+"""DCP saves, and restoring a run: one path for a fresh run, a retry, a resumed run and one after kill -9."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 @recorded(deadline=lambda config: config.weight_sync.dcp_timeout + config.infra.trainer_timeout_s, retried=False)
 def restore(run: Run, data: SFTData) -> Progress:
-    """Open a session on the trainer, load the last commit into it, cut the metrics to it, and say where training goes on.
+    """Open a session on the trainer, load the last commit, cut the metrics to it, and say where training goes on.
 
     Raises:
         TrainerLost: no session within the deadline.

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from cookbook.provisioning import promote as promote_checkpoint
-
 from cookbook.checkpoints import last_promotable
 from cookbook.errors import CheckpointError
+from cookbook.provisioning import promote as promote_checkpoint
 from tasks.record import recorded
 from tasks.run import Run
 

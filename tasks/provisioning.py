@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from cookbook.provisioning import provision_trainer as provision
-
 from cookbook.deadlines import Deadline
+from cookbook.provisioning import provision_trainer as provision
 from tasks.record import recorded
 from tasks.run import Run
 

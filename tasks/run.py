@@ -10,7 +10,6 @@ import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 
-from cookbook.provisioning import ControlPlane, PromotedModel, TrainerHandle, connect, release_trainer
 from prefect.artifacts import create_markdown_artifact
 from prefect.blocks.system import Secret
 
@@ -19,6 +18,7 @@ from cookbook.client import ReconnectableClient
 from cookbook.config import Environment, RecipeConfig, environment
 from cookbook.errors import TrainerLost
 from cookbook.files import read_jsonl
+from cookbook.provisioning import ControlPlane, PromotedModel, TrainerHandle, connect, release_trainer
 from cookbook.run import Progress, ResourceLedger, RunDirectory
 from cookbook.summary import RunSummary
 from cookbook.tracking import LOSS, Tracker, open_tracker
@@ -194,7 +194,7 @@ def open_run(config: RecipeConfig) -> Iterator[Run]:
 
 
 def _api_key(config: RecipeConfig, env: Environment) -> str | None:
-    """The key of the fireworks backend: from the environment, else from the Secret block; the embedded one has its own."""
+    """The key of the fireworks backend, from the environment, else the Secret block. The embedded one has its own."""
     if config.backend != "fireworks" or env.fireworks_api_key is not None:
         return env.fireworks_api_key
     try:

@@ -9,7 +9,7 @@ from fireworks.training.sdk import AdamParams
 
 from cookbook.config import SFTConfig
 from cookbook.data import Batch
-from cookbook.data.datums import datum_from_row, token_mean_datums
+from cookbook.data.datums import datum_from_row, token_mean_weights
 from cookbook.run import Progress
 from tasks.record import recorded
 from tasks.run import Run
@@ -22,13 +22,14 @@ def train(run: Run, batch: Batch, progress: Progress) -> Progress:
     """Forward, backward and AdamW on one batch; log its metrics; return where training goes on.
 
     The loss is the mean of the negative log-likelihood over the trained tokens of the batch, in nats: the weights of
-    the batch sum to 1, unless the trainer normalizes (grad_accumulation_normalization), which then gets them as they are.
+    the batch sum to 1; where the trainer normalizes (grad_accumulation_normalization), it gets them as they are.
     """
     config = run.config
     assert isinstance(config, SFTConfig)
     started = time.perf_counter()
     normalized = config.grad_accumulation_normalization in (None, "none")
-    datums = token_mean_datums(batch.rows) if normalized else [datum_from_row(r.tokens, r.weights) for r in batch.rows]
+    weights = token_mean_weights(batch.rows) if normalized else [row.weights for row in batch.rows]
+    datums = [datum_from_row(row.tokens, w) for row, w in zip(batch.rows, weights, strict=True)]
     result = run.client.train_step(
         datums,
         "cross_entropy",

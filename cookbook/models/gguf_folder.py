@@ -104,12 +104,13 @@ def _write_weights(reader: GGUFReader, folder: Path, *, heads: int, kv_heads: in
 
     weights = {}
     for tensor in reader.tensors:
+        name = _tensor_name(tensor.name)
         array = dequantize(tensor.data, tensor.tensor_type)
         if ".attn_q." in tensor.name:
             array = _unpermute(array, heads)
         elif ".attn_k." in tensor.name:
             array = _unpermute(array, kv_heads)
-        weights[_tensor_name(tensor.name)] = torch.from_numpy(array.copy()).to(torch.bfloat16)
+        weights[name] = torch.from_numpy(array.copy()).to(torch.bfloat16)
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 

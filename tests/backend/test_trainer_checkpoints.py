@@ -1,8 +1,9 @@
-"""Saved state resumes bit for bit, damaged or foreign checkpoints are refused, exported weights give the same logits."""
+"""State resumes bit for bit, damaged or foreign checkpoints are refused, exported weights give the same logits."""
 
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 
 import pytest
@@ -128,7 +129,7 @@ def test_checkpoint_of_other_settings_is_refused(tmp_path: Path, tiny: Path) -> 
     with pytest.raises(CheckpointError, match="state checkpoint of lora_rank 0, this model wants state of lora_rank 4"):
         small.run("load_weights", small.create(4), path="cross_job://job-a/full")
     small.run("save_weights", small.create(4), path="everything")
-    with pytest.raises(CheckpointError, match="does not fit this model: 14 weights differ"):
+    with pytest.raises(CheckpointError, match="does not fit this model: 12 weights differ"):
         small.run("load_weights", small.create(4, train_attn=True, train_mlp=False), path="everything")
 
 
@@ -180,7 +181,8 @@ def test_lora_sampler_snapshot_is_a_folder_that_peft_loads_with_the_same_logits(
     job.train(model, DATA, 3)
     job.run("save_weights_for_sampler", model, path="s1")
     folder = job.checkpoints / "sampler" / "s1"
-    with pytest.warns(UserWarning, match="tie_word_embeddings"):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # peft's, about the tied head and about names that transformers renames
         loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny), folder)
     with torch.no_grad():
         got = loaded(TOKENS_NT).logits

@@ -138,7 +138,7 @@ def test_top_k_is_the_head_of_the_sorted_distribution(tiny: Path, decoder: Huggi
 def test_result_that_is_not_finite_is_refused(decoder: HuggingFaceDecoder) -> None:
     with torch.no_grad():
         decoder.model.model.norm.weight.mul_(float("nan"))
-    with pytest.raises(RequestRejected, match="datum 0 gives a cross_entropy loss of nan"):
+    with pytest.raises(RequestRejected, match="datum 0 has a cross_entropy loss of nan"):
         forward_backward(decoder, make_data("cross_entropy", (3,)), KERNELS["cross_entropy"], {})
 
 

@@ -12,9 +12,10 @@ BATCH_SIZE = 8
 
 def write_rows(path: Path, num_rows: int = NUM_ROWS, start: int = 0) -> Path:
     """Chat rows with short checkable answers."""
+    questions = [(f"{n} + {n + 1} =", str(2 * n + 1)) for n in range(start, start + num_rows)]
     rows = [
-        {"messages": [{"role": "user", "content": f"{n} + {n + 1} ="}, {"role": "assistant", "content": str(2 * n + 1)}]}
-        for n in range(start, start + num_rows)
+        {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+        for question, answer in questions
     ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path

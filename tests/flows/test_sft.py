@@ -90,7 +90,8 @@ def test_a_run_learns_commits_and_promotes(undisturbed, backend_home):
     with open(os.path.join(parameters["log_path"], "checkpoints.jsonl")) as file:
         commits = [json.loads(line) for line in file]
     assert [row["step"] for row in commits] == [2, 4, 6, 8, 10, 12]
-    assert "sampler_path" in commits[-1] and "sampler_path" not in commits[0]
+    assert "sampler_path" in commits[-1]
+    assert "sampler_path" not in commits[0]
     assert (backend_home / "models" / "tiny-tuned" / "config.json").exists()
 
 
@@ -117,4 +118,3 @@ def test_a_run_killed_between_two_saves_in_epoch_2_resumes_to_the_same_losses(un
     assert losses(killed) == losses(parameters)
     assert all(seen[step] == losses(parameters)[step] for step in seen)
     assert [row["step"] for row in metrics(killed) if "train/loss" in row] == list(range(1, 4 * STEPS_PER_EPOCH + 1))
-

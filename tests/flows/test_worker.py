@@ -46,19 +46,17 @@ def worker(prefect_environment, backend_home, tmp_path_factory):
 
 def test_a_worker_runs_the_flow_from_submitted_parameters(worker, tiny_model, rows_file, tmp_path):
     parameters = sft_parameters(tmp_path / "run", tiny_model, rows_file, epochs=2)
-    prefect(
-        "deployment", "run", "sft/sft", "--params", json.dumps({"config": parameters}), "--watch", "--watch-timeout", "180",
-        environment=worker, timeout_s=200,
-    )  # fmt: skip
+    submit = ["deployment", "run", "sft/sft", "--params", json.dumps({"config": parameters})]
+    prefect(*submit, "--watch", "--watch-timeout", "180", environment=worker, timeout_s=200)
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["status"] == "completed"
     assert summary["steps"] == 2 * 3
 
 
 def test_a_bad_config_is_refused_before_a_run_exists(worker, tmp_path):
-    parameters = {"log_path": str(tmp_path / "run"), "base_model": "m", "dataset": "d", "learning_rte": 1e-4}
+    config = {"config": {"log_path": str(tmp_path / "run"), "base_model": "m", "dataset": "d", "learning_rte": 1e-4}}
     done = subprocess.run(
-        [sys.executable, "-m", "prefect", "deployment", "run", "sft/sft", "--params", json.dumps({"config": parameters})],
+        [sys.executable, "-m", "prefect", "deployment", "run", "sft/sft", "--params", json.dumps(config)],
         env=worker,
         capture_output=True,
         text=True,

@@ -144,7 +144,7 @@ def _evaluate(
     loss = output.loss.item()
     if not (math.isfinite(loss) and bool(logprobs.isfinite().all()) and bool(gradient.isfinite().all())):
         raise RequestRejected(
-            f"datum {row} gives a {kernel.name} loss of {loss}, and its logprobs are from {float(logprobs.min())} to "
+            f"datum {row} has a {kernel.name} loss of {loss}, and its logprobs are from {float(logprobs.min())} to "
             f"{float(logprobs.max())}: nothing was added to the gradients. Check the datum's weights, advantages and "
             "logprobs; if they are sound, the weights of the model have diverged: load an earlier checkpoint."
         )

@@ -1,6 +1,7 @@
 """What each operation of the wire protocol does to a model. Runs on the compute thread; requests come parsed as JSON.
 
-A failed operation leaves weights, moments and accumulated gradients as they were.
+A failed operation leaves weights, moments and accumulated gradients as they were, except that a step refused for a
+gradient that is not finite drops that gradient.
 """
 
 from __future__ import annotations
@@ -101,7 +102,11 @@ class Operations:
         if sums.num_requests == 0:
             raise RequestRejected("optim_step without a gradient: send forward_backward before it.")
         divisors = {"none": 1, "num_loss_tokens": sums.num_loss_tokens, "num_sequences": sums.num_sequences}
-        result = optimizer.step(request.adam, float(max(1, divisors[request.normalization])))
+        try:
+            result = optimizer.step(request.adam, float(max(1, divisors[request.normalization])))
+        except RequestRejected:
+            model.drop_gradients()
+            raise
         model.accumulated = Accumulated()
         metrics = {
             "grad_norm": result.grad_norm,

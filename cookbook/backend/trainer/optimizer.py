@@ -49,12 +49,11 @@ class Optimizer:
     def step(self, params: AdamParams, divisor: float) -> StepResult:
         """Divide the gradients by `divisor`, clip, update the weights, and clear the gradients.
 
-        RequestRejected, with weights and moments untouched and the gradients cleared, when the norm is not finite.
+        RequestRejected, with weights and moments untouched, when the norm is not finite.
         """
         gradients = self._gradients()
         norm = float(torch.nn.utils.get_total_norm(gradients)) / divisor
         if not math.isfinite(norm):
-            self.clear_gradients()
             raise RequestRejected(
                 f"the norm of the accumulated gradient is {norm}: no step was made and the gradient was dropped. "
                 "Lower the learning rate or the advantages, or load an earlier checkpoint."

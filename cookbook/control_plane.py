@@ -1,0 +1,226 @@
+"""The connection to a backend's control plane: the SDK's manager, and over HTTP what the SDK has no method for.
+
+Every call has a deadline. Which trainers a run has is decided in cookbook/provisioning.py.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, TypeAlias, TypeVar
+
+import httpx
+from fireworks.training.sdk import TrainerJobManager
+
+from cookbook import embedded
+from cookbook.config import Environment, bypass_proxies
+from cookbook.deadlines import Deadline, call_with_deadline
+from cookbook.errors import ConfigError, Problem, ProvisioningError
+
+__all__ = ["ControlPlane", "Job", "connect"]
+
+T = TypeVar("T")
+Job: TypeAlias = dict[str, Any]
+"""A trainer job as the API describes it: `name`, `state` ("JOB_STATE_..."), `statusMessage`, `trainingConfig`, ..."""
+
+CALL_TIMEOUT_S = 60.0
+
+_RETRIED_STATUS = (408, 429, 500, 502, 503, 504)
+_REFUSALS = (400, 404, 409, 410)
+_FIRST_PAUSE_S = 0.2
+_LONGEST_PAUSE_S = 5.0
+_HEALTH_TIMEOUT_S = 5.0
+
+
+def connect(backend: str, env: Environment, api_key: str | None = None) -> ControlPlane:
+    """Connect to a backend; the embedded one is started when it does not run.
+
+    Args:
+        backend: "embedded" or "fireworks".
+        env: home of the embedded backend, URL and key of the other.
+        api_key: for fireworks, instead of the environment's; the embedded backend makes its own.
+
+    Raises:
+        ConfigError: fireworks without a key.
+        BackendError: the embedded backend does not start.
+    """
+    models_dir = env.home / "models"
+    if backend == "embedded":
+        endpoint = embedded.ensure_running(env.home)
+        bypass_proxies("127.0.0.1")  # the SDK's clients would send even loopback requests to a proxy
+        return ControlPlane(backend, endpoint.base_url, endpoint.api_key.get_secret_value(), models_dir)
+    key = api_key or env.fireworks_api_key
+    if key is None:
+        raise ConfigError(
+            [
+                Problem(
+                    "FIREWORKS_API_KEY",
+                    f"is not set, and backend is {backend!r}.",
+                    "Set it (or save the Secret block fireworks-api-key), or use backend 'embedded'.",
+                )
+            ]
+        )
+    return ControlPlane(backend, env.fireworks_base_url, key, models_dir)
+
+
+class ControlPlane:
+    """A backend's control plane. The key shows in no repr and in no error.
+
+    `jobs` is the SDK's manager, for whatever it can do; its own calls may block for minutes.
+    """
+
+    def __init__(self, backend: str, base_url: str, api_key: str, models_dir: Path) -> None:
+        self.backend = backend
+        self.base_url = base_url
+        self.models_dir = models_dir
+        self.jobs = TrainerJobManager(api_key=api_key, base_url=base_url)
+        self._api_key = api_key
+        headers = {"X-Api-Key": api_key, "Authorization": f"Bearer {api_key}"}
+        self._http = httpx.Client(headers=headers, trust_env=backend != "embedded")
+
+    def __repr__(self) -> str:
+        return f"ControlPlane({self.backend!r}, {self.base_url!r})"
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._http.close()
+        self.jobs.close()
+
+    def job(self, job_id: str, timeout_s: float = CALL_TIMEOUT_S) -> Job | None:
+        """A trainer job as the API describes it, or None when there is none of that id."""
+        job: Job | None = self.call(f"looking at trainer {job_id}", lambda: self.jobs.try_get(job_id), timeout_s)
+        return job
+
+    def list_jobs(self, timeout_s: float = CALL_TIMEOUT_S) -> list[Job]:
+        """All trainer jobs of the account."""
+        deadline = Deadline(timeout_s)
+        jobs: list[Job] = []
+        token = ""
+        while True:
+            query = {"pageSize": "200"} | ({"pageToken": token} if token else {})
+            path = f"{self._account_path(deadline)}/rlorTrainerJobs"
+            page = self._request("GET", path, deadline, params=query) or {}
+            jobs += page.get("rlorTrainerJobs", [])
+            token = page.get("nextPageToken", "")
+            if not token:
+                return jobs
+
+    def resume(self, job_id: str, timeout_s: float = CALL_TIMEOUT_S) -> Job | None:
+        """Start a stopped trainer job again. None when the backend refuses: the job is gone, or cannot be resumed."""
+        return self._post_to_job(job_id, "resume", timeout_s, refusals=_REFUSALS)
+
+    def cancel(self, job_id: str, timeout_s: float = CALL_TIMEOUT_S) -> None:
+        """Stop a trainer job, so that it can be resumed. Nothing happens when there is none."""
+        self._post_to_job(job_id, "cancel", timeout_s, refusals=(404,))
+
+    def delete(self, job_id: str, timeout_s: float = CALL_TIMEOUT_S) -> None:
+        """Delete a trainer job; its checkpoints stay. Nothing happens when there is none."""
+        deadline = Deadline(timeout_s)
+        path = f"{self._account_path(deadline)}/rlorTrainerJobs/{job_id}"
+        self._request("DELETE", path, deadline, refusals=(404,))
+
+    def trainer_url(self, job_id: str, timeout_s: float = CALL_TIMEOUT_S) -> str:
+        """Where the trainer of a job answers."""
+        account = self.account_id(timeout_s)
+        return f"{self.jobs.trainer_gateway_url}/training/v1/rlorTrainerJobs/{account}/{job_id}"
+
+    def is_healthy(self, trainer_url: str) -> bool:
+        """Whether a trainer answers its health probe."""
+        try:
+            return self._http.get(f"{trainer_url}/api/v1/healthz", timeout=_HEALTH_TIMEOUT_S).status_code == 200
+        except httpx.HTTPError:
+            return False
+
+    def account_id(self, timeout_s: float = CALL_TIMEOUT_S) -> str:
+        """The account that the key belongs to."""
+        return self.call("looking up the account", lambda: str(self.jobs.account_id), timeout_s)
+
+    def shape_context(self, training_shape_id: str, timeout_s: float = CALL_TIMEOUT_S) -> int:
+        """The longest context of a training shape, in tokens."""
+        return self.call(
+            f"looking up training_shape_id {training_shape_id!r}",
+            lambda: int(self.jobs.resolve_training_profile(training_shape_id).max_supported_context_length),
+            timeout_s,
+        )
+
+    def call(self, what: str, function: Callable[[], T], timeout_s: float) -> T:
+        """Call a method of the SDK with a deadline.
+
+        Raises:
+            ProvisioningError: it failed or was late; says what was being done. Not chained: the SDK's errors may hold
+                the request, and so the key.
+        """
+        try:
+            return call_with_deadline(function, timeout_s)
+        except TimeoutError:
+            problem = f"no answer within {timeout_s:.0f} s"
+        except Exception as error:
+            problem = f"{error}" or type(error).__name__
+        raise self._error(what, problem)
+
+    def _post_to_job(self, job_id: str, verb: str, timeout_s: float, refusals: tuple[int, ...]) -> Job | None:
+        deadline = Deadline(timeout_s)
+        path = f"{self._account_path(deadline)}/rlorTrainerJobs/{job_id}:{verb}"
+        return self._request("POST", path, deadline, refusals=refusals)
+
+    def _account_path(self, deadline: Deadline) -> str:
+        return f"/v1/accounts/{self.account_id(deadline.remaining())}"
+
+    def _request(
+        self,
+        method: str,
+        path: str,
+        deadline: Deadline,
+        *,
+        params: dict[str, str] | None = None,
+        refusals: tuple[int, ...] = (),
+    ) -> dict[str, Any] | None:
+        """Send an idempotent request, again where that may help, until the deadline. None for a status in `refusals`.
+
+        Raises:
+            ProvisioningError: any other answer, or none in time.
+        """
+        pause = _FIRST_PAUSE_S
+        while True:
+            try:
+                timeout = max(0.001, deadline.remaining())
+                answer = self._http.request(method, self.base_url + path, params=params, timeout=timeout)
+            except httpx.TransportError as error:
+                problem = f"{type(error).__name__}: {error}"
+            else:
+                if answer.is_success:
+                    return dict(answer.json()) if answer.content else {}
+                if answer.status_code in refusals:
+                    return None
+                request_id = answer.headers.get("x-request-id")
+                which = f", request {request_id}" if request_id else ""
+                problem = f"HTTP {answer.status_code}{which}: {_message(answer)}"
+                if answer.status_code not in _RETRIED_STATUS:
+                    break
+            if deadline.remaining() <= pause:
+                break
+            time.sleep(pause)
+            pause = min(2 * pause, _LONGEST_PAUSE_S)
+        raise self._error(f"{method} {path}", problem)
+
+    def _error(self, what: str, problem: str) -> ProvisioningError:
+        where = "" if self.base_url in problem else f" ({self.base_url})"
+        return ProvisioningError(f"{what} failed{where}: {problem}".replace(self._api_key, "[key]"))
+
+
+def _message(answer: httpx.Response) -> str:
+    try:
+        body = answer.json()
+        return str(body["error"]["message"] if "error" in body else body.get("message") or body)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return answer.text[:500]

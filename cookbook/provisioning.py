@@ -1,0 +1,323 @@
+"""The trainer of a run: found again by the id in the run's ledger, resumed, or made; and models out of checkpoints.
+
+The ledger is written before anything is created, so what a killed process left behind is found by the next one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import logging
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fireworks.training.sdk import TrainerJobConfig
+
+from cookbook.config import RecipeConfig
+from cookbook.control_plane import ControlPlane, Job, connect
+from cookbook.deadlines import Deadline
+from cookbook.errors import ConfigError, Problem, ProvisioningError
+from cookbook.ledger import ResourceLedger, ResourceRecord
+from cookbook.models.folders import resolve_model
+
+__all__ = [
+    "ControlPlane",
+    "PromotedModel",
+    "TrainerHandle",
+    "connect",
+    "promote",
+    "provision_trainer",
+    "release_trainer",
+    "wire_model",
+]
+
+RUNNING = "JOB_STATE_RUNNING"
+FAILED = "JOB_STATE_FAILED"
+STOPPED = (FAILED, "JOB_STATE_CANCELLED", "JOB_STATE_PAUSED", "JOB_STATE_COMPLETED", "JOB_STATE_EARLY_STOPPED")
+STOPPING = "JOB_STATE_CANCELLING"
+DELETED = ("JOB_STATE_DELETING", "JOB_STATE_DELETED", "JOB_STATE_ARCHIVED")
+
+_FIRST_PAUSE_S = 0.1
+_LONGEST_PAUSE_S = 5.0
+_RESUME_GRACE_S = 30.0  # how long a job may still show the state from before its resume
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TrainerHandle:
+    """A trainer that is ready."""
+
+    job_id: str
+    job_name: str
+    base_url: str
+    """Where the trainer itself answers."""
+    base_model: str
+    """The base model by the name that the backend knows it under."""
+    max_context_length: int | None
+    """Tokens a sequence may have; None = the backend does not say."""
+    generation: int
+
+
+@dataclass(frozen=True)
+class PromotedModel:
+    """A model made out of a checkpoint."""
+
+    name: str
+    """Resource name, accounts/<account>/models/<id>."""
+    kind: str
+    """"HF_BASE_MODEL" (a whole model) or "HF_PEFT_ADDON" (a LoRA adapter)."""
+    folder: Path | None
+    """Where it lies, if that is on this machine."""
+
+
+def wire_model(base_model: str, backend: str, models_dir: Path) -> str:
+    """The name of a base model on the wire.
+
+    Args:
+        base_model: as in the config.
+        backend: "embedded": a model below `models_dir` becomes accounts/local/models/<id>, any other the absolute path
+            of its folder. "fireworks": a resource name, unchanged.
+
+    Raises:
+        ModelError: no such model on this machine.
+        ConfigError: not a resource name.
+    """
+    if backend == "embedded":
+        folder = resolve_model(base_model, models_dir)
+        is_known_by_name = folder.parent == models_dir.resolve()
+        return f"accounts/local/models/{folder.name}" if is_known_by_name else str(folder)
+    if not base_model.startswith("accounts/"):
+        what = f"{base_model!r} is not a model resource, and backend is {backend!r}."
+        raise ConfigError([Problem("base_model", what, "Write accounts/<account>/models/<model>.")])
+    return base_model
+
+
+def provision_trainer(
+    control: ControlPlane,
+    ledger: ResourceLedger,
+    config: RecipeConfig,
+    *,
+    role: str = "policy",
+    forward_only: bool = False,
+    deadline: Deadline,
+) -> TrainerHandle:
+    """Have a ready trainer for a run: the one it has, resumed if it stopped, else the next generation.
+
+    One deadline holds over waiting for capacity and starting. Calling it again, also from another process after this
+    one was killed, finds the same trainer.
+
+    Args:
+        ledger: the run's resources.
+        config: what to train, and `infra`. A changed `infra` gives a new trainer.
+        role: "policy" or "reference".
+        forward_only: a trainer that cannot train.
+        deadline: of all of it; `infra.trainer_timeout_s` from the start.
+
+    Raises:
+        ProvisioningError: the trainer failed (with the backend's message), was deleted meanwhile, or is late.
+        ModelError, ConfigError: the base model or the context length cannot be had.
+        LeaseLost: another process owns the run.
+    """
+    base_model = wire_model(config.base_model, control.backend, control.models_dir)
+    request = _request(control, config, base_model, role, forward_only, deadline)
+    spec = _fingerprint(request, config)
+    record, job = ledger.current(role), None
+    if record is not None and record.state != "freed":
+        job = control.job(record.resource_id, _left(deadline))
+        if not _is_usable(record, job, spec):
+            record, job = _discard(control, ledger, record, job, deadline), None
+    if record is None or record.state == "freed":
+        record = ledger.intend("trainer", role, 1 if record is None else record.generation + 1, spec)
+    before = None
+    if job is None:
+        named = dataclasses.replace(request, requested_job_id=record.resource_id, display_name=record.resource_id)
+        control.call(f"creating trainer {record.resource_id}", lambda: control.jobs.create(named), _left(deadline))
+    elif job["state"] in (*STOPPED, STOPPING):
+        before = _stopped(control, record, job, deadline)
+        logger.info("trainer %s is %s (%s): resuming it", record.resource_id, before["state"], _status_of(before))
+        if control.resume(record.resource_id, _left(deadline)) is None:
+            _discard(control, ledger, record, before, deadline)
+            return provision_trainer(control, ledger, config, role=role, forward_only=forward_only, deadline=deadline)
+    if record.state == "intended":
+        record = ledger.confirm(record)
+    return _wait_until_ready(control, record, base_model, before, deadline)
+
+
+def release_trainer(control: ControlPlane, ledger: ResourceLedger, trainer: TrainerHandle, *, delete: bool) -> None:
+    """Give the hardware of a trainer back: deleted when the run is over, else cancelled, to be resumed. Its checkpoints
+    stay.
+
+    Raises:
+        LeaseLost: another process owns the run, and may be using the trainer. Nothing was done.
+        ProvisioningError: the backend did not do it.
+    """
+    ledger.check_lease()
+    if not delete:
+        control.cancel(trainer.job_id)
+        return
+    control.delete(trainer.job_id)
+    for record in ledger.all():
+        if record.resource_id == trainer.job_id:
+            ledger.freed(record)
+
+
+def promote(
+    control: ControlPlane,
+    *,
+    job_id: str,
+    snapshot_name: str,
+    output_model_id: str,
+    base_model: str,
+    timeout_s: float,
+) -> PromotedModel:
+    """Make a model out of a sampler snapshot. Doing it again with the same snapshot gives the same model.
+
+    Args:
+        job_id, snapshot_name: the trainer job (it may be gone) and the snapshot's full name: `source_job_id` and
+            `sampler_path` of a checkpoint row.
+        output_model_id: last part of the model's name.
+        base_model: by its name on the wire, what the snapshot was trained from.
+        timeout_s: seconds for all of it.
+
+    Raises:
+        ProvisioningError: no such snapshot, the id is taken by another model, or it is late.
+    """
+    deadline = Deadline(timeout_s)
+    account = control.account_id(timeout_s)
+    checkpoint = f"accounts/{account}/rlorTrainerJobs/{job_id}/checkpoints/{snapshot_name}"
+    model: dict[str, Any] = control.call(
+        f"promoting {snapshot_name} of trainer {job_id} to output_model_id {output_model_id!r}",
+        lambda: control.jobs.promote_checkpoint(
+            name=checkpoint, output_model_id=output_model_id, base_model=base_model
+        ),
+        deadline.remaining(),
+    )
+    folder = model.get("path")
+    return PromotedModel(
+        name=model.get("name") or f"accounts/{account}/models/{output_model_id}",
+        kind=str(model.get("kind", "")),
+        folder=Path(folder) if folder else None,
+    )
+
+
+def _request(
+    control: ControlPlane, config: RecipeConfig, base_model: str, role: str, forward_only: bool, deadline: Deadline
+) -> TrainerJobConfig:
+    """What to ask the backend for, without an id."""
+    infra = config.infra
+    common = {
+        "base_model": base_model,
+        "lora_rank": config.lora_rank,
+        "forward_only": forward_only,
+        "region": infra.region,
+        "extra_args": infra.extra_args,
+        "purpose": infra.purpose,
+    }
+    shape = infra.ref_training_shape_id if role == "reference" else infra.training_shape_id
+    if shape is None:
+        return TrainerJobConfig(
+            **common,
+            max_context_length=config.max_seq_len,
+            accelerator_type=infra.accelerator_type,
+            accelerator_count=infra.accelerator_count,
+            node_count=infra.node_count,
+            custom_image_tag=infra.custom_image_tag,
+        )
+    profile = control.call(
+        f"looking up training shape {shape!r}",
+        lambda: control.jobs.resolve_training_profile(shape),
+        _left(deadline),
+    )
+    longest = profile.max_supported_context_length
+    if config.max_seq_len is not None and config.max_seq_len > longest:
+        what = f"is {config.max_seq_len}, but training shape {shape} supports at most {longest} tokens."
+        raise ConfigError([Problem("max_seq_len", what, "Lower it, or leave it out.")])
+    return TrainerJobConfig(**common, training_shape_ref=profile.training_shape_version)
+
+
+def _fingerprint(request: TrainerJobConfig, config: RecipeConfig) -> str:
+    """What was asked for. The shape as the config names it: a new version of it does not make a trainer wrong."""
+    values = dataclasses.asdict(request) | {"training_shape_ref": config.infra.training_shape_id}
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _is_usable(record: ResourceRecord, job: Job | None, spec: str) -> bool:
+    """Whether the newest resource of a role is, or can become, the trainer asked for."""
+    if record.spec != spec:
+        return False
+    if job is None:
+        return record.state == "intended"  # the process died before it could create it
+    return job["state"] not in DELETED
+
+
+def _discard(
+    control: ControlPlane, ledger: ResourceLedger, record: ResourceRecord, job: Job | None, deadline: Deadline
+) -> ResourceRecord:
+    """Free a trainer that will not be used again."""
+    logger.info("trainer %s is gone, cannot be resumed, or is not what the config asks for", record.resource_id)
+    if job is not None and job["state"] not in DELETED:
+        control.delete(record.resource_id, _left(deadline))
+    return ledger.freed(record)
+
+
+def _stopped(control: ControlPlane, record: ResourceRecord, job: Job, deadline: Deadline) -> Job:
+    """The job once it has come to a stop."""
+    while job["state"] == STOPPING:
+        _pause(1.0, record, job, deadline)
+        job = control.job(record.resource_id, _left(deadline)) or {"state": DELETED[1]}
+    return job
+
+
+def _left(deadline: Deadline) -> float:
+    """Seconds for the next call: at least one, so that a late call is reported as what was waited for."""
+    return max(1.0, deadline.remaining())
+
+
+def _wait_until_ready(
+    control: ControlPlane,
+    record: ResourceRecord,
+    base_model: str,
+    before: Job | None,
+    deadline: Deadline,
+) -> TrainerHandle:
+    """Poll until the trainer runs and answers. `before` is the job as it was before it was resumed."""
+    job_id = record.resource_id
+    url = control.trainer_url(job_id, _left(deadline))
+    grace = Deadline(_RESUME_GRACE_S)
+    pause = _FIRST_PAUSE_S
+    while True:
+        job = control.job(job_id, _left(deadline))
+        if job is None or job["state"] in DELETED:
+            raise ProvisioningError(f"trainer {job_id} was deleted while it was starting. Start the run again.")
+        is_stale = before is not None and not grace.expired and _moment(job) == _moment(before)
+        if job["state"] in STOPPED and not is_stale:
+            raise ProvisioningError(f"trainer {job_id} is {job['state']}: {_status_of(job)}")
+        if job["state"] == RUNNING and control.is_healthy(url):
+            length = (job.get("trainingConfig") or {}).get("maxContextLength")
+            return TrainerHandle(job_id, job["name"], url, base_model, length, record.generation)
+        _pause(pause, record, job, deadline)
+        pause = min(1.5 * pause, _LONGEST_PAUSE_S)
+
+
+def _pause(seconds: float, record: ResourceRecord, job: Job, deadline: Deadline) -> None:
+    if deadline.expired:
+        raise ProvisioningError(
+            f"trainer {record.resource_id} was not ready within infra.trainer_timeout_s={deadline.seconds:g} s: it is "
+            f"{job['state']} ({_status_of(job)}). Raise infra.trainer_timeout_s, or start the run again to wait on."
+        )
+    time.sleep(min(seconds, deadline.remaining()))
+
+
+def _moment(job: Job) -> tuple[str, str]:
+    return job["state"], str(job.get("updateTime"))
+
+
+def _status_of(job: Job) -> str:
+    """The backend's own words about a job."""
+    status = job.get("status")
+    detail = status.get("message") if isinstance(status, dict) else status
+    return str(job.get("statusMessage") or detail or job.get("message") or "the backend gives no reason")
