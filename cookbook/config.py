@@ -483,10 +483,13 @@ def set_prefect_defaults() -> None:
     """Settings of Prefect for a run that is started on a command line, where the user has not chosen others.
 
     Call it before anything imports prefect. Our own log lines show, and go to the run's page; no telemetry, which also
-    fights with a temporary server's start over its fresh database.
+    fights with a temporary server's start over its fresh database; and such a server gets time for that start, as its
+    20 seconds are too few on a busy machine.
     """
     os.environ.setdefault("PREFECT_LOGGING_EXTRA_LOGGERS", "cookbook,tasks")
+    os.environ.setdefault("DO_NOT_TRACK", "1")
     os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
+    os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "120")
 
 
 def _wandb_key_present() -> bool:

@@ -40,6 +40,7 @@ STOPPED = (FAILED, "JOB_STATE_CANCELLED", "JOB_STATE_PAUSED", "JOB_STATE_COMPLET
 STOPPING = "JOB_STATE_CANCELLING"
 DELETED = ("JOB_STATE_DELETING", "JOB_STATE_DELETED", "JOB_STATE_ARCHIVED")
 
+_GONE: Job = {"state": "JOB_STATE_DELETED", "statusMessage": "there is no such job"}
 _FIRST_PAUSE_S = 0.1
 _LONGEST_PAUSE_S = 5.0
 _RESUME_GRACE_S = 30.0  # how long a job may still show the state from before its resume
@@ -144,7 +145,11 @@ def provision_trainer(
             return provision_trainer(control, ledger, config, role=role, forward_only=forward_only, deadline=deadline)
     if record.state == "intended":
         record = ledger.confirm(record)
-    return _wait_until_ready(control, record, base_model, before, deadline)
+    found = job is not None and before is None
+    trainer = _wait_until_ready(control, record, base_model, before, deadline, found=found)
+    if trainer is None:
+        return provision_trainer(control, ledger, config, role=role, forward_only=forward_only, deadline=deadline)
+    return trainer
 
 
 def release_trainer(control: ControlPlane, ledger: ResourceLedger, trainer: TrainerHandle, *, delete: bool) -> None:
@@ -268,7 +273,7 @@ def _stopped(control: ControlPlane, record: ResourceRecord, job: Job, deadline: 
     """The job once it has come to a stop."""
     while job["state"] == STOPPING:
         _pause(1.0, record, job, deadline)
-        job = control.job(record.resource_id, _left(deadline)) or {"state": DELETED[1]}
+        job = control.job(record.resource_id, _left(deadline)) or _GONE
     return job
 
 
@@ -283,18 +288,23 @@ def _wait_until_ready(
     base_model: str,
     before: Job | None,
     deadline: Deadline,
-) -> TrainerHandle:
-    """Poll until the trainer runs and answers. `before` is the job as it was before it was resumed."""
+    *,
+    found: bool,
+) -> TrainerHandle | None:
+    """Poll until the trainer runs and answers. `before` is the job as it was before it was resumed.
+
+    None for a trainer that was `found`, neither made nor resumed by this call, and has stopped meanwhile.
+    """
     job_id = record.resource_id
     url = control.trainer_url(job_id, _left(deadline))
     grace = Deadline(_RESUME_GRACE_S)
     pause = _FIRST_PAUSE_S
     while True:
-        job = control.job(job_id, _left(deadline))
-        if job is None or job["state"] in DELETED:
-            raise ProvisioningError(f"trainer {job_id} was deleted while it was starting. Start the run again.")
+        job = control.job(job_id, _left(deadline)) or _GONE
         is_stale = before is not None and not grace.expired and _moment(job) == _moment(before)
-        if job["state"] in STOPPED and not is_stale:
+        if found and job["state"] in (*STOPPED, STOPPING, *DELETED):
+            return None
+        if job["state"] in (*STOPPED, *DELETED) and not is_stale:
             raise ProvisioningError(f"trainer {job_id} is {job['state']}: {_status_of(job)}")
         if job["state"] == RUNNING and control.is_healthy(url):
             length = (job.get("trainingConfig") or {}).get("maxContextLength")

@@ -12,13 +12,13 @@ from tasks.evaluation import evaluate
 from tasks.preflight import preflight
 from tasks.promotion import promote
 from tasks.provisioning import provision_trainer
-from tasks.run import due, open_run
+from tasks.run import due, open_run, run_name
 from tasks.training import train
 
 __all__ = ["sft"]
 
 
-@flow(name="sft", flow_run_name="sft-{config.base_model}", validate_parameters=True)
+@flow(name="sft", flow_run_name=run_name)
 def sft(config: SFTConfig) -> RunSummary:
     """Supervised fine-tuning: token-mean cross-entropy on the assistant's tokens, AdamW, one step a batch.
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-
 from prefect.artifacts import create_markdown_artifact
 
 from cookbook.data.sft import SFTData, load_sft_data
@@ -13,9 +11,6 @@ from tasks.record import recorded
 from tasks.run import Run
 
 __all__ = ["preflight"]
-
-logger = logging.getLogger(__name__)
-
 
 @recorded(deadline=lambda config: 24 * 3600.0, retried=False)
 def preflight(run: Run) -> SFTData:
@@ -36,7 +31,7 @@ def preflight(run: Run) -> SFTData:
         progress=run.tracker.rows_read,
     )
     run.directory.pin_data(data.train.fingerprint)
-    logger.info("%s", data.report.to_text())
+    run.tracker.event(data.report.to_text())
     create_markdown_artifact(
         data.report.to_markdown(), key=f"preflight-{run.directory.run_id}", description="Pre-flight"
     )

@@ -9,9 +9,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from pathlib import Path
 
 from prefect.artifacts import create_markdown_artifact
 from prefect.blocks.system import Secret
+from prefect.runtime import flow_run
 
 from cookbook.checkpoints import ResumeInfo, last_commit
 from cookbook.client import ReconnectableClient
@@ -26,7 +28,7 @@ from cookbook.tracking.tracker import METRICS_FILE
 from tasks.progress import ProgressArtifact
 from tasks.record import Records
 
-__all__ = ["Run", "due", "open_run"]
+__all__ = ["Run", "due", "open_run", "run_name"]
 
 SECRET_BLOCK = "fireworks-api-key"
 EVALUATION_GROUP = "eval/"
@@ -40,6 +42,13 @@ def due(interval: int, progress: Progress) -> bool:
     The end of a run saves and evaluates by itself.
     """
     return interval > 0 and progress.step % interval == 0 and progress.step < progress.total_steps
+
+
+def run_name() -> str:
+    """Name of a flow run in the UI: recipe and run directory."""
+    config = flow_run.parameters["config"]
+    log_path = config["log_path"] if isinstance(config, Mapping) else config.log_path
+    return f"{flow_run.flow_name} {Path(log_path).name}"
 
 
 class Run:

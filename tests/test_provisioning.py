@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -18,7 +19,16 @@ from cookbook.data.datums import datum_from_row
 from cookbook.deadlines import Deadline
 from cookbook.errors import ConfigError, LeaseLost, ModelError, ProvisioningError
 from cookbook.ledger import ResourceLedger
-from cookbook.provisioning import ControlPlane, connect, promote, provision_trainer, release_trainer, wire_model
+from cookbook.provisioning import (
+    ControlPlane,
+    _fingerprint,
+    _request,
+    connect,
+    promote,
+    provision_trainer,
+    release_trainer,
+    wire_model,
+)
 from cookbook.run import RunDirectory
 from tests.hostile import HostileTrainer
 from tests.wire.conftest import MODEL
@@ -55,96 +65,72 @@ def provision(control, ledger, config=None, timeout_s=60):
     return provision_trainer(control, ledger, config or config_of(), deadline=Deadline(timeout_s))
 
 
+def spec_of(control, config):
+    """The fingerprint of what a config asks for, as the ledger has it."""
+    request = _request(control, config, MODEL, "policy", False, Deadline(5))
+    return _fingerprint(request, config)
+
+
 def worker_pid(control, trainer):
     return control.job(trainer.job_id)["metadata"]["workerPid"]
 
 
-def test_a_trainer_is_written_down_made_and_found_again(control, ledger, run):
-    trainer = provision(control, ledger)
-    assert trainer.job_id == f"{run.run_id}-policy-g1"
-    assert trainer.job_name == f"accounts/local/rlorTrainerJobs/{trainer.job_id}"
-    assert (trainer.base_model, trainer.max_context_length, trainer.generation) == (MODEL, 512, 1)
-    assert trainer.base_url == control.trainer_url(trainer.job_id)
+def test_a_trainer_is_found_again_and_resumed_whatever_happened_to_it(control, ledger, run, backend):
+    """In one test, as each start of a trainer takes seconds."""
+    config = config_of({"training_shape_id": SHAPE})
+    name = f"{run.run_id}-policy-g1"
+    ledger.intend("trainer", "policy", 1, spec_of(control, config))  # and died before it could create it
+    trainer = provision(control, ledger, config)
+    assert (trainer.job_id, trainer.generation) == (name, 1)
+    assert trainer.job_name == f"accounts/local/rlorTrainerJobs/{name}"
+    assert (trainer.base_model, trainer.base_url) == (MODEL, control.trainer_url(name))
+    assert trainer.max_context_length == 512  # the model's; the shape's is longer
+    assert control.job(name)["trainingShape"].startswith(SHAPE)
     assert [record.state for record in ledger.all()] == ["confirmed"]
+    assert name in {job["name"].rsplit("/")[-1] for job in control.list_jobs()}
+
     pid = worker_pid(control, trainer)
-    assert provision(control, ledger) == trainer
+    ledger.intend("trainer", "policy", 1, spec_of(control, config))  # and died before it could confirm it
+    later = config.model_copy(update={"infra": config.infra.model_copy(update={"trainer_timeout_s": 99.0})})
+    assert provision(control, ledger, later) == trainer
     assert worker_pid(control, trainer) == pid
-    assert trainer.job_id in {job["name"].rsplit("/")[-1] for job in control.list_jobs()}
+    assert [record.state for record in ledger.all()] == ["confirmed"]
 
-
-def test_a_cancelled_trainer_is_resumed(control, ledger):
-    trainer = provision(control, ledger)
-    release_trainer(control, ledger, trainer, delete=False)
-    assert control.job(trainer.job_id)["state"] == "JOB_STATE_CANCELLED"
-    assert provision(control, ledger) == trainer
-    assert control.job(trainer.job_id)["state"] == "JOB_STATE_RUNNING"
-
-
-def test_a_killed_trainer_is_resumed(control, ledger):
-    trainer = provision(control, ledger)
-    pid = worker_pid(control, trainer)
     os.kill(pid, signal.SIGKILL)
-    assert provision(control, ledger) == trainer
+    assert provision(control, ledger, config) == trainer
     assert worker_pid(control, trainer) != pid
 
-
-def test_after_a_deletion_comes_the_next_generation(control, ledger, run):
-    trainer = provision(control, ledger)
-    release_trainer(control, ledger, trainer, delete=True)
-    assert control.job(trainer.job_id)["state"] == "JOB_STATE_DELETED"
-    assert [record.state for record in ledger.all()] == ["freed"]
-    second = provision(control, ledger)
-    control.delete(second.job_id)  # by somebody else, so not in the ledger
-    third = provision(control, ledger)
-    assert [second.job_id, third.job_id] == [f"{run.run_id}-policy-g2", f"{run.run_id}-policy-g3"]
-    assert [record.state for record in ledger.all()] == ["freed", "freed", "confirmed"]
+    release_trainer(control, ledger, trainer, delete=False)
+    assert control.job(name)["state"] == "JOB_STATE_CANCELLED"
+    assert provision(control, ledger, config) == trainer
+    assert control.job(name)["state"] == "JOB_STATE_RUNNING"
+    assert [record.state for record in ledger.all()] == ["confirmed"]
 
 
-def test_a_trainer_that_cannot_be_resumed_is_replaced(control, ledger, backend):
-    trainer = provision(control, ledger)
-    control.cancel(trainer.job_id)
-    tiny = backend.home / "models" / "tiny"
-    hidden = tiny.rename(tiny.with_name("tiny-hidden"))
-    try:
-        assert control.resume(trainer.job_id) is None
-        with pytest.raises(ModelError, match="tiny"):
-            provision(control, ledger)
-    finally:
-        hidden.rename(tiny)
-    assert provision(control, ledger) == trainer
-
-
-@pytest.mark.parametrize("created", [False, True])
-def test_a_process_that_died_while_creating_leaves_nothing_behind(control, ledger, created):
-    trainer = provision(control, ledger)
-    release_trainer(control, ledger, trainer, delete=True)
-    spec = ledger.current("policy").spec
-    intended = ledger.intend("trainer", "policy", 2, spec)
-    if created:
-        from fireworks.training.sdk import TrainerJobConfig
-
-        request = TrainerJobConfig(MODEL, 4, requested_job_id=intended.resource_id, extra_args=QUICK)
-        control.jobs.create(request)
-    assert provision(control, ledger).job_id == intended.resource_id
-    assert [(record.generation, record.state) for record in ledger.all()] == [(1, "freed"), (2, "confirmed")]
-
-
-def test_other_infra_gives_another_trainer_and_frees_the_old_one(control, ledger):
+def test_what_is_deleted_or_no_longer_asked_for_is_followed_by_the_next_generation(control, ledger, run):
     first = provision(control, ledger)
-    second = provision(control, ledger, config_of({"extra_args": ["--compute-dtype=float32", "--threads=2"]}))
+    second = provision(control, ledger, config_of({"extra_args": ["--threads=1"]}))
     assert second.generation == 2
     assert control.job(first.job_id)["state"] == "JOB_STATE_DELETED"
-    deadlines = config_of({"extra_args": ["--compute-dtype=float32", "--threads=2"], "trainer_timeout_s": 9})
-    assert provision(control, ledger, deadlines) == second
+    control.delete(second.job_id)  # by somebody else, so not in the ledger
+    third = provision(control, ledger, config_of({"extra_args": ["--threads=1"]}))
+    assert third.job_id == f"{run.run_id}-policy-g3"
+
+    (run.path / ".lock").unlink()
+    with RunDirectory.open(run.path, recipe="sft", config={}, home=run.path.parent / "home") as successor:
+        with pytest.raises(LeaseLost):  # a superseded owner does not touch what the new one uses
+            release_trainer(control, ledger, third, delete=True)
+        assert control.job(third.job_id)["state"] == "JOB_STATE_RUNNING"
+        release_trainer(control, ResourceLedger(successor), third, delete=True)
+    assert control.job(third.job_id)["state"] == "JOB_STATE_DELETED"
+    assert [record.state for record in ledger.all()] == ["freed"] * 3
 
 
-def test_a_shape_decides_the_context_length(control, ledger):
+def test_a_context_longer_than_the_shapes_is_a_config_error(control, ledger):
     assert control.shape_context(SHAPE) == 4096
-    trainer = provision(control, ledger, config_of({"training_shape_id": SHAPE}))
-    assert trainer.max_context_length == 512  # the model's, which is the shorter one
-    assert control.job(trainer.job_id)["trainingShape"].startswith(SHAPE)
     with pytest.raises(ConfigError, match=r"max_seq_len: is 5000, but training shape .* at most 4096 tokens"):
         provision(control, ledger, config_of({"training_shape_id": SHAPE}, max_seq_len=5000))
+    assert ledger.all() == []
 
 
 def test_a_shape_that_does_not_exist_or_suit_is_refused_in_the_backends_words(control, ledger):
@@ -157,7 +143,6 @@ def test_a_shape_that_does_not_exist_or_suit_is_refused_in_the_backends_words(co
 def test_a_failed_trainer_says_why(control, ledger):
     with pytest.raises(ProvisioningError, match=r"JOB_STATE_FAILED: .*--nonsense"):
         provision(control, ledger, config_of({"extra_args": ["--nonsense"]}))
-    assert provision(control, ledger).generation == 2  # mended in the config
 
 
 def test_a_model_that_is_not_there_provisions_nothing(control, ledger):
@@ -165,17 +150,6 @@ def test_a_model_that_is_not_there_provisions_nothing(control, ledger):
     with pytest.raises(ModelError, match="no-such-model"):
         provision(control, ledger, config)
     assert ledger.all() == []
-
-
-def test_a_superseded_owner_does_not_touch_the_trainer(control, ledger, run):
-    trainer = provision(control, ledger)
-    (run.path / ".lock").unlink()
-    home = run.path.parent / "home"
-    with RunDirectory.open(run.path, recipe="sft", config={}, home=home) as successor:
-        with pytest.raises(LeaseLost):
-            release_trainer(control, ledger, trainer, delete=True)
-        assert control.job(trainer.job_id)["state"] == "JOB_STATE_RUNNING"
-        release_trainer(control, ResourceLedger(successor), trainer, delete=True)
 
 
 # -- models ------------------------------------------------------------------------------------------------------------
@@ -282,7 +256,7 @@ embedded.stop(environment().home)
     assert done.stdout == "[] local None\n", done.stderr
 
 
-# -- a backend that does not come to the point ---------------------------------------------------------------------------
+# -- a backend that does not come to the point -------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -293,35 +267,56 @@ def slow():
     trainer.close()
 
 
-def assert_late(slow, ledger, backend, match, state=None):
-    if state is not None:
-        name = f"{ledger._run.run_id}-policy-g1"
-        slow.behave[name] = lambda body: (200, {"name": name, "state": state, "statusMessage": "no capacity"})
-        ledger.intend("trainer", "policy", 1, spec_of(backend, slow))
+@pytest.fixture
+def slow_control(slow, backend):
     with ControlPlane("embedded", slow.base_url, "k", backend.home / "models") as control:
-        started = time.monotonic()
-        with pytest.raises(ProvisioningError, match=match):
-            provision(control, ledger, timeout_s=1)
-        assert time.monotonic() - started < 2.5
+        yield control
 
 
-def spec_of(backend, slow):
-    """The fingerprint of what `config_of()` asks for, whatever the backend."""
-    from cookbook.provisioning import _fingerprint, _request
+def show(slow, run, generation, state, **fields):
+    """Let the slow backend have a trainer in a state."""
+    name = f"{run.run_id}-policy-g{generation}"
+    job = {"name": f"accounts/local/rlorTrainerJobs/{name}", "state": state, "statusMessage": "no capacity", **fields}
+    slow.behave[name] = lambda body: (200, job)
 
-    with ControlPlane("embedded", slow.base_url, "k", backend.home / "models") as control:
-        return _fingerprint(_request(control, config_of(), MODEL, "policy", False, Deadline(1)), config_of())
+
+def assert_late(control, ledger, match):
+    started = time.monotonic()
+    with pytest.raises(ProvisioningError, match=match):
+        provision(control, ledger, timeout_s=1)
+    assert time.monotonic() - started < 2.5
 
 
 @pytest.mark.parametrize(
     "state", ["JOB_STATE_PENDING", "JOB_STATE_CREATING", "JOB_STATE_RUNNING", "JOB_STATE_CANCELLING"]
 )
-def test_one_deadline_holds_over_everything(slow, ledger, backend, state):
+def test_one_deadline_holds_over_everything(slow, slow_control, ledger, run, state):
     slow.behave["healthz"] = lambda body: (503, {})
-    assert_late(slow, ledger, backend, rf"trainer_timeout_s=1 s: it is {state} \(no capacity\)", state)
+    show(slow, run, 1, state)
+    ledger.intend("trainer", "policy", 1, spec_of(slow_control, config_of()))
+    assert_late(slow_control, ledger, rf"infra\.trainer_timeout_s=1 s: it is {state} \(no capacity\)")
 
 
 @pytest.mark.parametrize("endpoint", ["accounts", "rlorTrainerJobs"])
-def test_a_control_plane_that_hangs_is_given_up_at_the_deadline(slow, ledger, backend, endpoint):
+def test_a_control_plane_that_hangs_is_given_up_at_the_deadline(slow, slow_control, ledger, endpoint):
     slow.behave[endpoint] = slow.hang
-    assert_late(slow, ledger, backend, r"creating trainer .* no answer within 1 s")
+    assert_late(slow_control, ledger, r"creating trainer .* no answer within 1 s")
+
+
+def test_a_trainer_that_cannot_be_resumed_is_replaced(slow, slow_control, ledger, run):
+    show(slow, run, 1, "JOB_STATE_CANCELLED")
+    show(slow, run, 2, "JOB_STATE_RUNNING")
+    slow.behave[f"{run.run_id}-policy-g1:resume"] = lambda body: (400, {"error": {"message": "too old"}})
+    ledger.confirm(ledger.intend("trainer", "policy", 1, spec_of(slow_control, config_of())))
+    assert provision(slow_control, ledger).generation == 2
+    assert [record.state for record in ledger.all()] == ["freed", "confirmed"]
+    names = slow.names()
+    assert names.index(f"{run.run_id}-policy-g1:resume") < names.index("rlorTrainerJobs")
+
+
+def test_a_state_from_before_the_resume_is_not_taken_for_a_new_failure(slow, slow_control, ledger, run):
+    show(slow, run, 1, "JOB_STATE_FAILED", updateTime="1")
+    slow.behave[f"{run.run_id}-policy-g1:resume"] = lambda body: (200, {})
+    ledger.confirm(ledger.intend("trainer", "policy", 1, spec_of(slow_control, config_of())))
+    threading.Timer(0.5, show, [slow, run, 1, "JOB_STATE_RUNNING"], {"updateTime": "2"}).start()
+    assert provision(slow_control, ledger).generation == 1

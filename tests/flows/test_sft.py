@@ -111,7 +111,7 @@ def test_a_run_killed_between_two_saves_in_epoch_2_resumes_to_the_same_losses(un
     # Step 5 is in epoch 2 (steps 4 to 6), after the save at 4 and before the one at 6.
     wait_for(lambda: steps_logged(killed) >= 5, process)
     process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.communicate()
     seen = losses(killed)
     summary = finish(start(killed, environment))
     assert summary["resumed_from_step"] in (4, 6)

@@ -158,13 +158,13 @@ def test_a_disk_too_full_for_the_download_is_an_error_and_leaves_nothing(
     published: Published, index: Path, tmp_path: Path
 ) -> None:
     size = next(index.iterdir()).stat().st_size
-    with largest_file(size // 2), pytest.raises(ModelError, match="tiny-chat|tiny-llm"):
+    with largest_file(size // 2), pytest.raises(ModelError, match=r"tiny-chat|tiny-llm"):
         pull_entry(published.entry, tmp_path)
     assert names_in(tmp_path) == []
 
 
 @pytest.mark.usefixtures("index")
-def test_a_disk_too_full_for_the_weights_is_an_error_and_leaves_nothing(published: Published, tmp_path: Path) -> None:
+def test_a_disk_too_full_for_the_model_is_an_error_and_leaves_nothing(published: Published, tmp_path: Path) -> None:
     limit = ExitStack()
 
     def fill_the_disk_when_converting(line: str) -> None:
@@ -174,6 +174,13 @@ def test_a_disk_too_full_for_the_weights_is_an_error_and_leaves_nothing(publishe
     with limit, pytest.raises(ModelError, match=r"tiny-chat cannot be written to .* Free about 5 MB there"):
         pull_entry(published.entry, tmp_path, progress=fill_the_disk_when_converting)
     assert names_in(tmp_path) == []
+
+
+def test_weights_that_cannot_be_written_are_an_os_error(published: Published, tmp_path: Path) -> None:
+    write_gguf(tmp_path / "tiny.gguf", published.model)
+    (tmp_path / "hf").mkdir()
+    with largest_file(100_000), pytest.raises(OSError, match="File too large"):
+        write_hf_folder(tmp_path / "tiny.gguf", tmp_path / "hf")
 
 
 @pytest.mark.usefixtures("index")

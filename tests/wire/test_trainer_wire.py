@@ -181,9 +181,7 @@ def test_sdk_client_stays_usable_after_a_refused_request(service: FiretitanServi
 
 def test_sdk_lora_run_exports_and_loads_an_adapter(lora: Trainer) -> None:
     service = FiretitanServiceClient(base_url=lora.base_url, api_key=TOKEN)
-    client = service.create_training_client(
-        base_model=BASE_MODEL, lora_rank=4, lora_alpha=8, lora_seed=3, lora_init_method="nora"
-    )
+    client = service.create_training_client(base_model=BASE_MODEL, lora_rank=4, lora_alpha=8, lora_init_method="nora")
     data = [sdk_datum(text) for text in TEXTS]
     for _ in range(3):
         client.forward_backward(data, "cross_entropy").result(60)
@@ -417,23 +415,11 @@ def test_worker_told_to_stop_ends_at_once_with_polls_open(tmp_path: Path, tiny: 
         assert poll.exception(10) is not None or poll.result().status_code >= 500
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"extra_args": ["--fast"]}, "unrecognized arguments: --fast"),
-        ({"extra_args": ["--compute-dtype=float16"]}, "invalid choice: 'float16'"),
-        ({"extra_args": ["--threads=0"]}, "must be at least 1, got 0"),
-        ({"model_dir": "/no/such/folder"}, "is not a Hugging Face model folder"),
-        ({"job_id": None, "max_context_length": "many"}, "is not a job spec"),
-    ],
-)
-def test_job_that_cannot_be_served_ends_with_one_clear_line(
-    tmp_path: Path, tiny: Path, changes: dict[str, Any], message: str
-) -> None:
-    write_spec(tmp_path / "job-x", tiny, **changes)
+def test_job_that_cannot_be_served_ends_with_one_clear_line(tmp_path: Path) -> None:
+    write_spec(tmp_path / "job-x", tmp_path / "no-such-model")
     process: subprocess.Popen[bytes] = spawn(tmp_path / "job-x")
     assert process.wait(90) == 2
     last = (tmp_path / "job-x" / "worker.log").read_text().strip().splitlines()[-1]
     assert last.startswith("error: ")
-    assert message in last
+    assert "no-such-model is not a Hugging Face model folder" in last
     assert TOKEN not in last
