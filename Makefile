@@ -1,48 +1,63 @@
-# Everything runs in .venv, which each target makes by itself and makes again when the dependencies change.
-PYTHON ?= $(shell command -v python3.11 || command -v python3)
-BIN := .venv/bin
-FAST_TESTS := tests --ignore=tests/wire --ignore=tests/flows --ignore=tests/faults
+# Commands of the project. A machine needs Python 3.11 or later with pip, and make; the rest is installed into .venv.
+
+VENV ?= .venv
+PYTHON ?= $(shell for p in python3.11 python3 python; do command -v $$p >/dev/null 2>&1 && echo $$p && break; done)
+IN_VENV := $(VENV)/bin/python
+INSTALLED := $(VENV)/.installed
+PEER_VENV := .venv-bench
+PEERS := $(PEER_VENV)/.installed
+SLOW_TESTS := tests/wire tests/flows tests/faults
+
+RUN ?= runs/sft-quickstart
 
 .DEFAULT_GOAL := help
-.PHONY: help run test check format bench docs clean
+.PHONY: help install run test check format docs bench clean
 
-help: ## Show this list
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
+help: ## List the commands
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-.venv/stamp: pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
-		{ echo "Python 3.11 or newer is needed, found $$($(PYTHON) --version 2>&1). Set PYTHON=/path/to/python3.11."; exit 2; }
-	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+install: $(INSTALLED) ## Make .venv with everything in it; nothing happens when it is up to date
+
+# The stamp is newer than what it was made from, so a second call costs nothing.
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(or $(PYTHON),false) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+		echo "Python 3.11 or later is needed, found: $$($(or $(PYTHON),:) --version 2>&1 | tail -1)" >&2; \
+		echo "Install it, or name one: make $(MAKECMDGOALS) PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@test -x $(IN_VENV) || $(PYTHON) -m venv $(VENV)
+	$(IN_VENV) -m pip install --quiet -c constraints.txt -e ".[dev]"
 	@touch $@
 
-run: .venv/stamp ## A real model learns: pull, make a task, fine-tune, evaluate, promote
-	$(BIN)/python -m flows.quickstart
+run: $(INSTALLED) ## Fine-tune a small real model on this machine and show what it learned; RUN=DIR for another run
+	$(VENV)/bin/cookbook models pull smollm2-135m-instruct
+	$(VENV)/bin/cookbook data example runs/data
+	$(VENV)/bin/cookbook run sft --config presets/sft-quickstart.yaml --log-path $(RUN)
 
-test: .venv/stamp ## All tests
-	$(BIN)/python -m pytest --durations=15
+test: $(INSTALLED) ## Run all tests
+	$(IN_VENV) -m pytest --durations=15
 
-check: .venv/stamp ## Format, lint, types and the fast tests
-	$(BIN)/ruff format --check .
-	$(BIN)/ruff check .
-	$(BIN)/mypy
-	$(BIN)/python -m pytest -q $(FAST_TESTS)
+check: $(INSTALLED) ## Check format, lint and types, and run the fast tests
+	$(IN_VENV) -m ruff format --check .
+	$(IN_VENV) -m ruff check .
+	$(IN_VENV) -m mypy
+	$(IN_VENV) -m pytest $(SLOW_TESTS:%=--ignore=%)
 
-format: .venv/stamp ## Format and mend what the linter can mend
-	$(BIN)/ruff format .
-	$(BIN)/ruff check --fix .
+format: $(INSTALLED) ## Format, and mend what the linter can mend
+	$(IN_VENV) -m ruff format .
+	$(IN_VENV) -m ruff check --fix .
 
-docs: .venv/stamp ## Make docs/config.md from the config classes
-	$(BIN)/python docs/make_config_reference.py
+docs: $(INSTALLED) ## Make docs/config.md from the config classes
+	$(IN_VENV) docs/make_config_reference.py
 
-.venv-bench/stamp: benchmarks/requirements.txt
-	@test -x .venv-bench/bin/python || $(PYTHON) -m venv .venv-bench
-	.venv-bench/bin/python -m pip install --quiet --disable-pip-version-check -r benchmarks/requirements.txt
+bench: $(INSTALLED) $(PEERS) ## Measure this project against its peers, in turn on the same rows
+	$(VENV)/bin/cookbook models pull smollm2-135m-instruct
+	$(IN_VENV) -m benchmarks.sft --peer-python $(PEER_VENV)/bin/python
+
+# The peers have an environment of their own: their dependencies are not ours.
+$(PEERS): benchmarks/requirements.txt
+	@test -x $(PEER_VENV)/bin/python || $(PYTHON) -m venv $(PEER_VENV)
+	$(PEER_VENV)/bin/python -m pip install --quiet -r benchmarks/requirements.txt
 	@touch $@
 
-bench: .venv/stamp .venv-bench/stamp ## Compare with peers, in turn on the same rows
-	$(BIN)/cookbook models pull smollm2-135m-instruct
-	$(BIN)/python -m benchmarks.sft
-
-clean: ## Remove the environments and caches; runs and models stay
-	rm -rf .venv .venv-bench build *.egg-info .mypy_cache .ruff_cache .pytest_cache
+clean: ## Remove .venv and caches; runs, checkpoints and models stay
+	rm -rf $(VENV) $(PEER_VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	find cookbook flows tasks tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,4 +1,4 @@
-"""The peer of part `sft`: TRL's SFTTrainer on given token rows. Runs in an environment of its own, prints one JSON line.
+"""The peer of part `sft`: TRL's SFTTrainer on given token rows. Runs in its own environment, prints one JSON line.
 
 Full-parameter AdamW on a fixed batch, repeated each step, gradient checkpointing off (it would only slow the peer).
 """

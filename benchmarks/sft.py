@@ -112,16 +112,16 @@ def report(series: dict[str, Series]) -> str:
     ]
     for s in series.values():
         losses = ", ".join(f"{loss:.3f}" for loss in s.losses)
-        lines.append(
-            f"| {s.name} | {s.tokens_per_s:.0f} | {s.tokens_per_s / base:.2f}x | {s.tokens_per_s / limit:.0%} | {losses} |"
-        )
+        shares = f"{s.tokens_per_s / base:.2f}x | {s.tokens_per_s / limit:.0%}"
+        lines.append(f"| {s.name} | {s.tokens_per_s:.0f} | {shares} | {losses} |")
     lines += ["", *(f"{s.name}, seconds a step: {', '.join(f'{x:.2f}' for x in s.seconds)}" for s in series.values())]
     return "\n".join(lines)
 
 
 def machine() -> str:
     """CPU, threads and system in one line."""
-    cpu = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), "?")
+    info = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    cpu = next((line.split(":")[1].strip() for line in info if line.startswith("model name")), platform.processor())
     return f"{cpu}, {torch.get_num_threads()} threads, {platform.system()} {platform.machine()}"
 
 

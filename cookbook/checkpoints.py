@@ -174,8 +174,8 @@ def resolve_resume(
         except RequestRejected as error:
             raise CheckpointError(
                 f"checkpoint {row.name!r} (step {row.step}) of {Path(log_path) / CHECKPOINTS_FILE} cannot be loaded "
-                f"from {row.state_path}: {error}. Restore the snapshot; or remove the row, to go on from the one before; "
-                "or start in a new log_path."
+                f"from {row.state_path}: {error}. Restore the snapshot; or remove the row, to go on from "
+                "the one before it; or start in a new log_path."
             ) from error
         logger.info("resumed from %s at step %d", row.name, row.step)
         return ResumeInfo(row.step, row.data_consumed, row.source_job_id, row.name, row.loop_state)

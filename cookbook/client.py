@@ -9,15 +9,15 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from types import TracebackType
-from typing import TYPE_CHECKING, Protocol, Self, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Self, TypeAlias, TypeVar
 
 from fireworks.training.sdk import RequestFailedError
 
 from cookbook.deadlines import call_with_deadline
 from cookbook.errors import RequestRejected, TrainerLost
 from cookbook.training_session import TrainingSession, describe, is_user_error, message_of
+from cookbook.training_step import Answer, StepRejected, StepResult, is_one_request, loss_sum, wait_for_both
 
 if TYPE_CHECKING:
     from fireworks.training.sdk import AdamParams, Datum, FiretitanTrainingClient, TrainerJobManager
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 __all__ = ["CustomLoss", "LossConfig", "ReconnectableClient", "StepResult"]
 
 T = TypeVar("T")
-T_co = TypeVar("T_co", covariant=True)
 
 LossConfig: TypeAlias = Mapping[str, float | str | bool]
 CustomLoss: TypeAlias = "Callable[[list[Datum], list[Tensor]], tuple[Tensor, dict[str, float]]]"
@@ -35,38 +34,7 @@ CustomLoss: TypeAlias = "Callable[[list[Datum], list[Tensor]], tuple[Tensor, dic
 
 SAMPLER_CHECKPOINT_TYPES = ("base", "delta", "merged_base")
 
-# Above either of these the SDK sends one call as several requests (the training API's wire protocol, chunking).
-_DATUMS_A_REQUEST = 1024
-_BYTES_A_REQUEST = 5_000_000
-_BYTES_A_NUMBER = 10
-
 _REMEDY = "Call reconnect(), then cookbook.checkpoints.resolve_resume() to restore the last commit."
-
-
-class _Future(Protocol[T_co]):
-    def result(self, timeout: float | None = None) -> T_co: ...
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """One optimizer step."""
-
-    step: int
-    """Optimizer steps done, this one included."""
-    loss_sum: float
-    """The raw loss: for cross_entropy the sum of -weight * logprob over the batch's tokens, in nats."""
-    metrics: dict[str, float]
-    """What the trainer reports of the loss (keys "name:reduction") and of the step ("grad_norm", ...)."""
-    seconds: float
-    """From submitting to the answer."""
-
-
-class _StepRejected(Exception):
-    """The trainer refused a training step. `dirty`: it has kept gradients, or stepped without all of them."""
-
-    def __init__(self, cause: RequestFailedError, *, dirty: bool) -> None:
-        self.cause = cause
-        self.dirty = dirty
 
 
 class _LossRaised(Exception):
@@ -331,11 +299,11 @@ class ReconnectableClient:
                 "train_step", lambda: model.forward_backward(list(data), loss_fn, _config(loss_fn_config))
             )
             step = model.optim_step(adam_params, grad_accumulation_normalization=grad_accumulation_normalization)
-            return _both(backward, step)
+            return wait_for_both(backward, step)
 
         try:
             output, answer = self._run("train_step", work, timeout_s)
-        except _StepRejected as rejected:
+        except StepRejected as rejected:
             if rejected.dirty:
                 self._loss("a refused train_step has left gradients, or stepped without all of them")
             else:
@@ -343,7 +311,7 @@ class ReconnectableClient:
             raise self._rejection("train_step", rejected.cause) from None
         self._step += 1
         metrics = {**output.metrics, **(answer.metrics or {})}
-        return StepResult(self._step, _loss_sum(output, data), metrics, time.monotonic() - started)
+        return StepResult(self._step, loss_sum(output, data), metrics, time.monotonic() - started)
 
     # -- state and snapshots -------------------------------------------------------------------------------------------
 
@@ -453,7 +421,7 @@ class ReconnectableClient:
     def _load(
         self,
         operation: str,
-        submit: Callable[[FiretitanTrainingClient], _Future[object]],
+        submit: Callable[[FiretitanTrainingClient], Answer[object]],
         step: int,
         timeout_s: float | None,
     ) -> None:
@@ -464,13 +432,12 @@ class ReconnectableClient:
         self._step = step
 
     def _submit(
-        self, operation: str, submit: Callable[[FiretitanTrainingClient], _Future[T]], timeout_s: float | None
+        self, operation: str, submit: Callable[[FiretitanTrainingClient], Answer[T]], timeout_s: float | None
     ) -> T:
         """Submit a request and wait for its future."""
-
         return self._run(operation, lambda model: self._sent(operation, lambda: submit(model)).result(), timeout_s)
 
-    def _sent(self, operation: str, submit: Callable[[], _Future[T]]) -> _Future[T]:
+    def _sent(self, operation: str, submit: Callable[[], Answer[T]]) -> Answer[T]:
         """Submit a request. What the SDK itself refuses to send has changed nothing."""
         try:
             return submit()
@@ -488,7 +455,7 @@ class ReconnectableClient:
         """
         try:
             return call_with_deadline(call, seconds)
-        except (_LossRaised, _StepRejected, RequestRejected):
+        except (_LossRaised, StepRejected, RequestRejected):
             raise
         except TimeoutError:
             failure: Exception = self._loss(f"{operation} was not answered within {seconds:g} s")
@@ -515,7 +482,7 @@ class ReconnectableClient:
 
     def _lose_unless_one_request(self, data: Sequence[Datum]) -> None:
         """After a refusal: other requests of the same call may have left their gradients."""
-        if not _is_one_request(data):
+        if not is_one_request(data):
             self._loss("a refused call went out in several requests, some of which may have left gradients")
 
     def _model(self, operation: str) -> FiretitanTrainingClient:
@@ -541,53 +508,5 @@ class ReconnectableClient:
             )
 
 
-def _both(
-    backward: _Future[ForwardBackwardOutput], step: _Future[OptimStepResponse]
-) -> tuple[ForwardBackwardOutput, OptimStepResponse]:
-    """Wait for both halves of a training step, also when the first was refused: the second is under way."""
-    try:
-        output = backward.result()
-    except RequestFailedError as error:
-        if not is_user_error(error):
-            raise
-        raise _StepRejected(error, dirty=not _is_refused(step)) from None
-    try:
-        return output, step.result()
-    except RequestFailedError as error:
-        if not is_user_error(error):
-            raise
-        raise _StepRejected(error, dirty=True) from None
-
-
-def _is_refused(future: _Future[object]) -> bool:
-    try:
-        future.result()
-    except RequestFailedError as error:
-        if not is_user_error(error):
-            raise
-        return True
-    return False
-
-
 def _config(loss_fn_config: LossConfig | None) -> dict[str, float | str | bool] | None:
     return None if loss_fn_config is None else dict(loss_fn_config)
-
-
-def _is_one_request(data: Sequence[Datum]) -> bool:
-    numbers = sum(
-        datum.model_input.length + sum(tensor.to_numpy().size for tensor in datum.loss_fn_inputs.values())
-        for datum in data
-    )
-    return len(data) <= _DATUMS_A_REQUEST and numbers * _BYTES_A_NUMBER <= _BYTES_A_REQUEST
-
-
-def _loss_sum(output: ForwardBackwardOutput, data: Sequence[Datum]) -> float:
-    """The raw loss as the trainer reports it, else from its logprobs, else NaN (a policy loss that reports none)."""
-    if "loss:sum" in output.metrics:
-        return float(output.metrics["loss:sum"])
-    if len(output.loss_fn_outputs) != len(data) or "weights" not in data[0].loss_fn_inputs:
-        return float("nan")
-    pairs = zip(output.loss_fn_outputs, data, strict=True)
-    return -sum(
-        float((datum.loss_fn_inputs["weights"].to_numpy() * out["logprobs"].to_numpy()).sum()) for out, datum in pairs
-    )

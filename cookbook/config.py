@@ -8,7 +8,6 @@ this file and nowhere else on the client's side. Loading a file and naming all i
 from __future__ import annotations
 
 import math
-import netrc
 import os
 import re
 from collections.abc import Mapping
@@ -23,15 +22,18 @@ from cookbook.errors import ConfigError, Problem
 
 __all__ = [
     "RECIPE_CONFIGS",
+    "TRAIN_ON_WHAT",
     "AdamConfig",
     "ConcurrencyConfig",
     "DeployConfig",
     "Environment",
     "EvalConfig",
     "InfraConfig",
+    "RecipeConfig",
     "RetryConfig",
     "RunnerConfig",
     "SFTConfig",
+    "ScheduledConfig",
     "WandBConfig",
     "WeightSyncConfig",
     "bypass_proxies",
@@ -75,7 +77,7 @@ class InfraConfig(Config):
 
     training_shape_id: str | None = Field(
         None,
-        description="Full training-shape id of the policy trainer, accounts/<account>/trainingShapes/<shape>. "
+        description="Full training-shape id of the policy trainer, accounts/ACCOUNT/trainingShapes/SHAPE. "
         "None = manual launch: CPU on the embedded backend; on fireworks accelerator_type and accelerator_count are then needed.",
     )
     ref_training_shape_id: str | None = Field(
@@ -282,31 +284,46 @@ LR_SCHEDULES = ("constant", "linear", "cosine")
 GRAD_ACCUMULATION_NORMALIZATIONS = ("num_loss_tokens", "num_sequences", "none")
 BACKENDS = ("embedded", "fireworks")
 
+FORM_FIRST = ("learning_rate", "epochs", "lora_rank", "max_seq_len", "output_model_id")
+"""Shared fields that a form shows among the recipe's own."""
+
+
+def _form_order(schema: dict[str, Any], cls: type[RecipeConfig]) -> None:
+    """Number the fields as a Prefect form shows them: what is required, the recipe's own, what all share, the blocks."""
+    shared = set(RecipeConfig.model_fields)
+    properties = schema["properties"]
+
+    def rank(name: str) -> tuple[bool, bool, bool]:
+        is_block = "$ref" in properties[name] or "allOf" in properties[name]
+        return not cls.model_fields[name].is_required(), is_block, name in shared and name not in FORM_FIRST
+
+    for position, name in enumerate(sorted(properties, key=rank)):
+        properties[name]["position"] = position
+
 
 class RecipeConfig(Config):
     """What all recipes share."""
+
+    model_config = ConfigDict(json_schema_extra=_form_order)
 
     recipe: ClassVar[str]
 
     log_path: str = Field(
         min_length=1,
         description="Run directory: state, checkpoint records, metrics. Start again with the same one to resume.",
-        json_schema_extra={"position": 0},
     )
     base_model: str = Field(
         min_length=1,
         description="Model to fine-tune: a name of `cookbook models list`, a local Hugging Face folder, or a model resource of the backend.",
-        json_schema_extra={"position": 1},
     )
-    dataset: str = Field(
-        min_length=1, description="JSONL file with the training rows.", json_schema_extra={"position": 2}
-    )
+    dataset: str = Field(min_length=1, description="JSONL file with the training rows.")
     backend: Annotated[str, AfterValidator(_Choice(BACKENDS))] = _choice(
         "embedded",
         "Where to train: embedded = a server on this machine; fireworks = the Fireworks training API (key from FIREWORKS_API_KEY or the Secret block fireworks-api-key).",
         *BACKENDS,
     )
     tokenizer_model: str | None = Field(None, description="Model name or folder of the tokenizer. None = base_model.")
+    learning_rate: float = Field(1e-5, gt=0, le=1, description="Peak learning rate.")
     epochs: int = Field(1, ge=1, description="Passes over the data.")
     max_seq_len: int | None = Field(
         None,
@@ -321,7 +338,7 @@ class RecipeConfig(Config):
     )
     output_model_id: str | None = Field(
         None,
-        description="Promote the final checkpoint to a model with this id ([a-z0-9-], at most 63). None = do not promote.",
+        description="Promote the final checkpoint to a model with this id ([a-z0-9-], at most 63). {run_id} in it becomes the run's id, so that each run gets a model of its own. None = do not promote.",
     )
     save_final_checkpoint: bool = Field(True, description="Save weights, optimizer and a sampler snapshot at the end.")
     grad_accumulation_normalization: Annotated[
@@ -347,10 +364,14 @@ class RecipeConfig(Config):
         """Deadline of one training step in seconds."""
         return float(self.step_timeout or 3600)
 
+    def model_id(self, run_id: str) -> str:
+        """`output_model_id` of the run with this id; "" where nothing is promoted."""
+        return (self.output_model_id or "").replace("{run_id}", run_id)
+
     def rule_problems(self) -> list[Problem]:
         """Rules over several fields or over the shape of a value. Bounds and types are the fields' own."""
         problems: list[Problem] = []
-        if self.output_model_id is not None and not OUTPUT_MODEL_ID.fullmatch(self.output_model_id):
+        if self.output_model_id is not None and not OUTPUT_MODEL_ID.fullmatch(self.model_id("run-00000000")):
             problems.append(
                 Problem(
                     "output_model_id",
@@ -495,6 +516,8 @@ def set_prefect_defaults() -> None:
 def _wandb_key_present() -> bool:
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
+    import netrc  # pulls in much, and is needed only here
+
     host = urlsplit(os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai").hostname
     path = Path(os.environ.get("NETRC") or "~/.netrc").expanduser()
     try:

@@ -217,6 +217,7 @@ def _request(
     common = {
         "base_model": base_model,
         "lora_rank": config.lora_rank,
+        "learning_rate": config.learning_rate,
         "forward_only": forward_only,
         "region": infra.region,
         "extra_args": infra.extra_args,

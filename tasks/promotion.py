@@ -28,7 +28,7 @@ def promote(run: Run) -> dict[str, str]:
         run.control,
         job_id=row.source_job_id,
         snapshot_name=row.sampler_path,
-        output_model_id=config.output_model_id,
+        output_model_id=config.model_id(run.directory.run_id),
         base_model=run.trainer.base_model if run.trainer is not None else config.base_model,
         timeout_s=config.promote_timeout_s,
     )

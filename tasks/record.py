@@ -27,6 +27,8 @@ from cookbook.errors import BackendError, ConfigError, DataError, LeaseLost, Mod
 if TYPE_CHECKING:
     from tasks.run import Run
 
+__all__ = ["BACKSTOP_S", "MIN_INTERVAL_S", "Policy", "RecordedTask", "Records", "is_retried", "recorded"]
+
 P = ParamSpec("P")
 T = TypeVar("T")
 

@@ -12,17 +12,24 @@ Answer = tuple[int, dict[str, Any]]
 Behaviour = Callable[[dict[str, Any]], Answer]
 
 
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        """A client that gave up: nothing to print."""
+
+
 class HostileTrainer:
     """Serves one trainer job. `behave[name] = function(body) -> (status, answer)` replaces an endpoint; names are the
-    last part of the path. `hang` is a behaviour: the request stays open until `release()` or the end."""
+    last part of the path. `hang` is a behaviour: the request stays open until `released` is set. Status 0 closes the
+    connection without an answer."""
 
     def __init__(self) -> None:
         self.requests: list[tuple[str, dict[str, Any]]] = []
         self.behave: dict[str, Behaviour] = {}
         self.released = threading.Event()
         self.results: dict[str, dict[str, Any]] = {}
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
-        self._server.daemon_threads = True
+        self._server = _Server(("127.0.0.1", 0), self._handler())
         self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
         self._thread.start()
 
@@ -75,6 +82,9 @@ class HostileTrainer:
                 trainer.requests.append((name, body))
                 behaviour = trainer.behave.get(name)
                 status, answer = behaviour(body) if behaviour else trainer._default(name, body)
+                if status == 0:
+                    self.close_connection = True
+                    return
                 content = json.dumps(answer).encode()
                 try:
                     self.send_response(status)
@@ -86,7 +96,7 @@ class HostileTrainer:
                 except OSError:
                     self.close_connection = True
 
-            do_GET = do_POST = _answer
+            do_GET = do_POST = do_DELETE = _answer
 
             def log_message(self, *_: object) -> None:
                 pass

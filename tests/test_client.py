@@ -369,6 +369,20 @@ def test_a_refused_call_of_several_requests_loses_the_session(hostile, connect):
     assert client.is_lost
 
 
+def test_a_lost_answer_is_asked_for_again_under_the_same_sequence_id(hostile, connect):
+    client = connect(timeout_s=30)
+    default = hostile._default
+
+    def lost_once(body):
+        sent = hostile.names().count("optim_step")
+        return (0, {}) if sent == 1 else default("optim_step", body)
+
+    hostile.behave["optim_step"] = lost_once
+    client.optim_step(ADAM)
+    assert client.step == 1
+    assert [body["seq_id"] for name, body in hostile.requests if name == "optim_step"] == [1, 1]
+
+
 def test_ctrl_c_works_while_waiting(hostile, connect):
     client = connect(timeout_s=30)
     hostile.behave["retrieve_future"] = hostile.hang

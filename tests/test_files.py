@@ -34,7 +34,8 @@ def test_a_torn_last_line_is_left_out_then_cut_by_the_next_write(tmp_path, caplo
     with path.open("ab") as file:
         file.write(torn)
     assert read_jsonl(path) == [{"n": 1}]
-    assert "torn" in caplog.text and str(path) in caplog.text
+    assert "torn" in caplog.text
+    assert str(path) in caplog.text
     append_jsonl(path, {"n": 2})
     assert path.read_bytes() == b'{"n": 1}\n{"n": 2}\n'
 
@@ -99,8 +100,9 @@ for write, path in ((append_jsonl, sys.argv[1]), (write_json, sys.argv[2])):
 """
     done = run_python(code, rows, state, preexec_fn=allow_only_64_bytes)
     first, second = done.stdout.splitlines()
-    assert str(rows) in first and str(state) in second and "cannot be written" in second
-    assert read_jsonl(rows) == [{"n": 1}]
+    assert str(rows) in first
+    assert f"{state} cannot be written" in second
+    assert rows.read_bytes() == b'{"n": 1}\n'
     assert read_json(state) == {"n": 1}
     assert sorted(os.listdir(tmp_path)) == ["rows.jsonl", "state.json"]
 

@@ -262,7 +262,7 @@ def test_a_loop_state_without_a_usable_number_is_refused(bad):
     with pytest.raises(CheckpointError, match=rf"'position' as a whole number >= 0, got {bad!r}"):
         Progress.from_loop_state({**state, "position": bad})
     del state["position"]
-    with pytest.raises(CheckpointError, match="'position'.*got nothing"):
+    with pytest.raises(CheckpointError, match=r"'position'.*got nothing"):
         Progress.from_loop_state(state)
 
 

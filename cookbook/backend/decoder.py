@@ -76,7 +76,8 @@ class HuggingFaceDecoder:
     """Decoder on a transformers model held in `model`; `transformer` is the part below the head.
 
     Master weights are float32. With compute dtype bfloat16 matrix products of the transformer run in bfloat16 under
-    autocast; the head stays in float32, because the log-softmax over a large vocabulary loses too much otherwise.
+    autocast. Logits are float32 products, because the log-softmax over a large vocabulary loses too much otherwise; the
+    gradients of the head's input and weight are bfloat16 products, as all others are.
     """
 
     def __init__(self, model: Any, compute_dtype: ComputeDtype) -> None:
@@ -102,6 +103,8 @@ class HuggingFaceDecoder:
         model.requires_grad_(False)
         decoder = cls(model, compute_dtype)
         decoder.check_trainable(folder)
+        if compute_dtype == "bfloat16":
+            model.set_output_embeddings(_MixedHead.of(decoder.head))
         return decoder
 
     def compress(self) -> None:
@@ -144,3 +147,41 @@ class HuggingFaceDecoder:
         prefix = exact.logits(exact.hidden_states(tokens_NT[:, :half]))
         if not torch.allclose(prefix, ours[:, :half], atol=1e-3, rtol=1e-3):
             raise ModelError(f"{folder} is not a causal model: later tokens change earlier logits. Choose a decoder.")
+
+
+class _MixedHead(nn.Linear):
+    """A linear layer with float32 outputs, whose two backward products run in bfloat16."""
+
+    @classmethod
+    def of(cls, head: nn.Module) -> _MixedHead:
+        """The same layer, sharing its parameters. ModelError when it is not linear."""
+        if type(head) is not nn.Linear:
+            raise ModelError(f"the model's head is a {type(head).__name__}, not a linear layer. Choose another model.")
+        mixed = cls(1, 1, bias=False, device="meta")
+        mixed.in_features, mixed.out_features = head.in_features, head.out_features
+        mixed.weight, mixed.bias = head.weight, head.bias
+        return mixed
+
+    def forward(self, input: Tensor) -> Tensor:
+        return cast(Tensor, _MixedProduct.apply(input, self.weight, self.bias))  # type: ignore[no-untyped-call]
+
+
+class _MixedProduct(torch.autograd.Function):
+    """x @ w.T + b for M rows, I inputs and O outputs."""
+
+    @staticmethod
+    def forward(ctx: Any, input_MI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
+        ctx.save_for_backward(input_MI, weight_OI)
+        return nn.functional.linear(input_MI, weight_OI, bias_O)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        input_MI, weight_OI = ctx.saved_tensors
+        (gradient_MO,) = gradients
+        needs_input, needs_weight, needs_bias = ctx.needs_input_grad
+        rounded_MO = gradient_MO.bfloat16()
+        return (
+            (rounded_MO @ weight_OI.bfloat16()).float() if needs_input else None,
+            (rounded_MO.T @ input_MI.bfloat16()).float() if needs_weight else None,
+            gradient_MO.sum(0) if needs_bias else None,
+        )

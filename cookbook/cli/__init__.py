@@ -7,7 +7,6 @@ inside the commands that need them, so that help and errors are there at once.
 
 from __future__ import annotations
 
-from importlib import metadata
 from typing import Annotated
 
 import typer
@@ -36,6 +35,8 @@ app.add_typer(backend.app, name="backend")
 
 
 def _show_version(wanted: bool) -> None:
+    from importlib import metadata
+
     if wanted:
         typer.echo(f"cookbook-flows {metadata.version('cookbook-flows')}")
         raise typer.Exit

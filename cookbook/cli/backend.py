@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import asdict
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cookbook import embedded
 from cookbook.cli.output import HomeOption, JsonOption, home_folder, note, print_json
+
+if TYPE_CHECKING:
+    from cookbook.embedded import BackendStatus
 
 __all__ = ["app"]
 
@@ -26,6 +28,8 @@ def start(
     as_json: JsonOption = False,
 ) -> None:
     """Start the backend, if it does not run. A run does this by itself."""
+    from cookbook import embedded
+
     folder = home_folder(home)
     embedded.ensure_running(folder, port=port, idle_timeout_s=idle_timeout)
     _show(embedded.status(folder), as_json)
@@ -34,12 +38,16 @@ def start(
 @app.command()
 def status(home: HomeOption = None, as_json: JsonOption = False) -> None:
     """Show whether the backend runs, where, and its trainer jobs."""
+    from cookbook import embedded
+
     _show(embedded.status(home_folder(home)), as_json)
 
 
 @app.command()
 def stop(home: HomeOption = None, as_json: JsonOption = False) -> None:
     """Stop the backend and its trainers. Checkpoints and models stay."""
+    from cookbook import embedded
+
     stopped = embedded.stop(home_folder(home))
     if as_json:
         print_json({"stopped": stopped})
@@ -53,6 +61,8 @@ def logs(
     home: HomeOption = None,
 ) -> None:
     """Print the end of the backend's log. The log of a trainer is in jobs/ beside it."""
+    from cookbook import embedded
+
     path = embedded.log_path(home_folder(home))
     note(f"{path}:")
     if path.exists():
@@ -62,7 +72,7 @@ def logs(
         note("there is no log yet: this version of the backend was never started here.")
 
 
-def _show(state: embedded.BackendStatus | None, as_json: bool) -> None:
+def _show(state: BackendStatus | None, as_json: bool) -> None:
     if as_json:
         print_json({"running": state is not None, **(asdict(state) if state is not None else {})})
     elif state is None:

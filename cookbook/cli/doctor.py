@@ -11,14 +11,16 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from importlib import metadata
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import typer
 
 from cookbook.cli.output import EXIT_FAILED, HomeOption, JsonOption, home_folder, print_json
-from cookbook.config import Environment, environment
 from cookbook.errors import CookbookError
+
+if TYPE_CHECKING:
+    from cookbook.config import Environment
 
 __all__ = ["Check", "doctor"]
 
@@ -53,6 +55,8 @@ def doctor(home: HomeOption = None, as_json: JsonOption = False) -> None:
 
     Exits with 1 when a check fails.
     """
+    from cookbook.config import environment
+
     env, folder = environment(), home_folder(home)
     checks: list[Callable[[], Iterator[Check]]] = [
         _python,
@@ -90,6 +94,8 @@ def _python() -> Iterator[Check]:
 
 def _packages() -> Iterator[Check]:
     """Installed versions against what the project itself requires."""
+    from importlib import metadata
+
     from packaging.requirements import Requirement
 
     requirements = [Requirement(text) for text in metadata.requires(DISTRIBUTION) or []]
@@ -106,6 +112,8 @@ def _packages() -> Iterator[Check]:
 
 
 def _package(name: str, specifier: str) -> Check | None:
+    from importlib import metadata
+
     from packaging.specifiers import SpecifierSet
 
     remedy = "Run `pip install -c constraints.txt -e .` in the project's folder."
@@ -188,7 +196,9 @@ def _prefect() -> Iterator[Check]:
     except httpx.HTTPError as error:
         answer = type(error).__name__
     remedy = "Start it with `prefect server start`, or unset PREFECT_API_URL for a temporary server."
-    yield Check("prefect", "ok", url) if answer == "200" else Check("prefect", "fail", f"{url} answers {answer}", remedy)
+    yield (
+        Check("prefect", "ok", url) if answer == "200" else Check("prefect", "fail", f"{url} answers {answer}", remedy)
+    )
 
 
 def _keys(env: Environment) -> Iterator[Check]:

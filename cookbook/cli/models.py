@@ -7,7 +7,6 @@ from typing import Annotated
 import typer
 
 from cookbook.cli.output import HomeOption, JsonOption, home_folder, note, print_json, print_table
-from cookbook.models.catalogue import CATALOGUE
 
 __all__ = ["app"]
 
@@ -16,7 +15,7 @@ app = typer.Typer(help="Models on this machine.", no_args_is_help=True)
 
 @app.command()
 def pull(
-    name: Annotated[str, typer.Argument(help=f"Model of the catalogue: {', '.join(CATALOGUE)}.")],
+    name: Annotated[str, typer.Argument(help="Name of the model; `cookbook models list` shows which there are.")],
     home: HomeOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -33,6 +32,7 @@ def pull(
 @app.command("list")
 def list_(home: HomeOption = None, as_json: JsonOption = False) -> None:
     """List the models on this machine and those that can be pulled."""
+    from cookbook.models.catalogue import CATALOGUE
     from cookbook.models.folders import list_models
 
     present = list_models(home_folder(home) / "models")

@@ -11,7 +11,6 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from cookbook.config import environment
 from cookbook.errors import ConfigError, CookbookError, DataError, ModelError
 
 __all__ = ["DEBUG", "EXIT_FAILED", "EXIT_INTERRUPTED", "EXIT_WRONG_INPUT", "ErrorGroup", "HomeOption", "JsonOption"]
@@ -55,6 +54,8 @@ class ErrorGroup(TyperGroup):
 
 def home_folder(home: Path | None) -> Path:
     """COOKBOOK_HOME: the one given, else that of the environment."""
+    from cookbook.config import environment
+
     return home.expanduser().resolve() if home is not None else environment().home
 
 

@@ -6,16 +6,16 @@ import copy
 import logging
 import sys
 from contextlib import redirect_stdout
-from importlib import metadata
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from cookbook.cli.output import DEBUG, EXIT_FAILED, JsonOption, note, print_json
-from cookbook.config import RECIPE_CONFIGS, RecipeConfig, set_prefect_defaults
 from cookbook.errors import ConfigError, CookbookError, Problem
-from cookbook.validation import load_config
+
+if TYPE_CHECKING:
+    from cookbook.config import RecipeConfig
 
 __all__ = ["run"]
 
@@ -24,7 +24,7 @@ ENTRY_POINTS = "cookbook.recipes"
 
 def run(
     ctx: typer.Context,
-    recipe: Annotated[str, typer.Argument(help=f"The recipe: {', '.join(RECIPE_CONFIGS)}.")],
+    recipe: Annotated[str, typer.Argument(help="Name of the recipe: sft.")],
     config: Annotated[Path | None, typer.Option("--config", "-c", help="YAML file with the config.")] = None,
     sets: Annotated[
         list[str] | None,
@@ -46,6 +46,8 @@ def run(
     Every problem of the config is reported at once, before anything starts. With --json, the last line on stdout is
     the run's summary.
     """
+    from cookbook.validation import load_config
+
     ctx.meta[DEBUG] = debug or ctx.find_root().params.get("debug")
     overrides = {"log_path": str(log_path)} if log_path is not None else {}
     loaded = load_config(_config_class(recipe), file=config, sets=sets or [], overrides=overrides)
@@ -58,6 +60,8 @@ def run(
 
 
 def _config_class(recipe: str) -> type[RecipeConfig]:
+    from cookbook.config import RECIPE_CONFIGS
+
     if recipe not in RECIPE_CONFIGS:
         what = f"there is no recipe {recipe!r}."
         raise ConfigError([Problem("recipe", what, f"Choose one of: {', '.join(RECIPE_CONFIGS)}.")])
@@ -71,6 +75,8 @@ def _run_flow(recipe: str, config: RecipeConfig, *, debug: bool) -> Any:
         KeyboardInterrupt: on Ctrl-C; its message says how to go on.
         typer.Exit: on an error that is none of ours; it has been shown.
     """
+    from cookbook.config import set_prefect_defaults
+
     set_prefect_defaults()
     flow = _flow(recipe)
     if not debug:
@@ -89,6 +95,8 @@ def _run_flow(recipe: str, config: RecipeConfig, *, debug: bool) -> Any:
 
 
 def _flow(recipe: str) -> Any:
+    from importlib import metadata
+
     found = [point for point in metadata.entry_points(group=ENTRY_POINTS) if point.name == recipe]
     if not found:
         remedy = "Install the project: `pip install -e .` in its folder."

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from cookbook.cli.output import HomeOption, JsonOption, home_folder, note, print_json, print_table
 from cookbook.errors import DataError
-from cookbook.run import RunRecord, list_runs
+
+if TYPE_CHECKING:
+    from cookbook.run import RunRecord
 
 __all__ = ["app"]
 
@@ -19,6 +21,8 @@ app = typer.Typer(help="Runs that were started on this machine.", no_args_is_hel
 @app.command("list")
 def list_(home: HomeOption = None, as_json: JsonOption = False) -> None:
     """List all runs, oldest first."""
+    from cookbook.run import list_runs
+
     runs = list_runs(home_folder(home))
     if as_json:
         print_json([asdict(run) for run in runs])
@@ -36,6 +40,8 @@ def show(
     as_json: JsonOption = False,
 ) -> None:
     """Show one run: its state, its last checkpoint, and how it ended."""
+    from cookbook.run import list_runs
+
     run = _find(run_id, list_runs(home_folder(home)))
     details = _details(run)
     if as_json:

@@ -1,4 +1,4 @@
-"""Evaluation of the policy."""
+"""Evaluation of a model on held-out data."""
 
 from cookbook.evaluation.held_out import EvalResult, evaluate_held_out
 

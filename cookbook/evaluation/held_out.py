@@ -1,77 +1,117 @@
-"""Held-out evaluation by forward passes on the trainer: loss, token accuracy and exact match. No sampling, no gradient."""
+"""Held-out evaluation under teacher forcing, with the trainer's forward pass. Sampling is not here."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
-from itertools import islice
+import dataclasses
+import itertools
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from cookbook.client import ReconnectableClient
 from cookbook.data.datums import datum_from_row
-from cookbook.data.rendering import RenderedRow
 from cookbook.deadlines import Deadline
-from cookbook.errors import DataError
+from cookbook.errors import DataError, TrainerLost
+
+if TYPE_CHECKING:
+    from cookbook.data.rendering import RenderedRow
 
 __all__ = ["EvalResult", "evaluate_held_out"]
-
-ROWS_A_REQUEST = 64
 
 
 @dataclass(frozen=True)
 class EvalResult:
-    """Numbers over the trained tokens of held-out rows."""
+    """Numbers over the trained tokens (those with a weight) of held-out rows."""
 
     loss: float
-    """Mean negative log-likelihood, nats a token, weighted as in training."""
+    """Mean negative log-likelihood, weighted by the weights, in nats a token."""
     token_accuracy: float
-    """Share of the trained tokens that are the most likely token given all before them."""
+    """Share of tokens that are the model's most likely one, given all tokens before them."""
     exact_match: float
-    """Share of rows all of whose trained tokens are the most likely one: greedy decoding gives just this answer."""
+    """Share of rows of which every token is: greedy decoding would give exactly this answer."""
     num_tokens: int
     num_rows: int
+    """Rows with at least one trained token; others are not counted anywhere."""
 
     def to_dict(self) -> dict[str, float]:
-        """Metric name -> value."""
-        return asdict(self)
+        """The numbers by name."""
+        return dataclasses.asdict(self)
+
+
+@dataclass(frozen=True)
+class _Sums:
+    loss: float = 0.0
+    weight: float = 0.0
+    correct: int = 0
+    tokens: int = 0
+    exact: int = 0
+    rows: int = 0
+
+    def __add__(self, other: _Sums) -> _Sums:
+        pairs = zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)
+        return _Sums(*(mine + theirs for mine, theirs in pairs))
 
 
 def evaluate_held_out(
-    client: ReconnectableClient,
-    rows: Iterable[RenderedRow],
-    *,
-    rows_a_request: int = ROWS_A_REQUEST,
-    timeout_s: float = 1800.0,
+    client: ReconnectableClient, rows: Iterable[RenderedRow], *, chunk: int = 64, timeout_s: float | None = None
 ) -> EvalResult:
-    """Evaluate the client's model on `rows`, within one deadline over all requests.
+    """Evaluate the client's model; nothing is trained.
+
+    Args:
+        rows: rendered rows, read once and lazily.
+        chunk: rows in one request.
+        timeout_s: seconds for all rows; None = the client's default for each request.
 
     Raises:
-        DataError: there are no rows.
-        RequestRejected, TrainerLost: from the client.
+        DataError: no row has a trained token.
+        RequestRejected: a row is too long for the trainer, for one.
+        TrainerLost: the trainer is gone, or the deadline has passed.
     """
-    deadline = Deadline(timeout_s)
-    losses, weights, correct, exact = 0.0, 0.0, 0, []
-    num_tokens = 0
-    for chunk in _chunks(rows, rows_a_request):
-        datums = [datum_from_row(row.tokens, row.weights) for row in chunk]
-        output = client.forward(datums, "cross_entropy", {"top_k": 1}, timeout_s=max(deadline.remaining(), 0.001))
-        for row, answer in zip(chunk, output.loss_fn_outputs, strict=True):
-            trained = row.weights[1:] != 0
-            logprobs = answer["logprobs"].to_numpy()[trained].astype(np.float64)
-            best = answer["top_k_indices"].to_numpy().reshape(len(trained), -1)[trained, 0]
-            right = best == row.tokens[1:][trained]
-            losses -= float(logprobs @ row.weights[1:][trained])
-            weights += float(row.weights[1:].sum(dtype=np.float64))
-            correct += int(right.sum())
-            num_tokens += len(right)
-            exact.append(bool(right.all()))
-    if not exact:
-        raise DataError("there are no held-out rows to evaluate. Check evaluation.dataset.")
-    return EvalResult(losses / weights, correct / num_tokens, sum(exact) / len(exact), num_tokens, len(exact))
+    deadline = None if timeout_s is None else Deadline(timeout_s)
+    remaining = iter(rows)
+    sums = _Sums()
+    while batch := list(itertools.islice(remaining, chunk)):
+        if deadline is not None and deadline.expired:
+            raise TrainerLost(
+                f"evaluation had finished {sums.rows} rows when its {timeout_s:g} s were over. "
+                "Raise evaluation.timeout_s, or lower evaluation.max_examples."
+            )
+        output = client.forward(
+            [datum_from_row(row.tokens, row.weights) for row in batch],
+            "cross_entropy",
+            {"top_k": 1},
+            timeout_s=None if deadline is None else deadline.remaining(),
+        )
+        for row, found in zip(batch, output.loss_fn_outputs, strict=True):
+            sums += _score(row, found)
+    if sums.rows == 0:
+        raise DataError("no held-out row has a trained token. Look at evaluation.dataset and train_on_what.")
+    return EvalResult(
+        loss=sums.loss / sums.weight,
+        token_accuracy=sums.correct / sums.tokens,
+        exact_match=sums.exact / sums.rows,
+        num_tokens=sums.tokens,
+        num_rows=sums.rows,
+    )
 
 
-def _chunks(rows: Iterable[RenderedRow], size: int) -> Iterator[list[RenderedRow]]:
-    iterator = iter(rows)
-    while chunk := list(islice(iterator, size)):
-        yield chunk
+def _score(row: RenderedRow, found: dict[str, Any]) -> _Sums:
+    """The sums of one row. The trainer's `logprobs` are (N-1,), its `top_k_indices` (N-1, 1)."""
+    weights_T: NDArray[np.float64] = np.asarray(row.weights[1:], dtype=np.float64)
+    targets_T = np.asarray(row.tokens[1:])
+    trained_T = weights_T > 0
+    if not trained_T.any():
+        return _Sums()
+    logprobs_T = found["logprobs"].to_numpy().astype(np.float64)
+    hits_T = found["top_k_indices"].to_numpy()[:, 0][trained_T] == targets_T[trained_T]
+    return _Sums(
+        loss=float(-(weights_T * logprobs_T).sum()),
+        weight=float(weights_T.sum()),
+        correct=int(hits_T.sum()),
+        tokens=len(hits_T),
+        exact=int(hits_T.all()),
+        rows=1,
+    )

@@ -17,6 +17,7 @@ from cookbook.errors import ModelError
 from cookbook.models.catalogue import CATALOGUE
 
 __all__ = [
+    "HUB_NAME",
     "MODEL_RECORD",
     "ModelFolder",
     "check_model_folder",
@@ -30,6 +31,7 @@ __all__ = [
 MODEL_RECORD = "model.json"
 LOCAL_MODEL = re.compile(r"accounts/local/models/(?P<id>[^/]+)")
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+"""What a hub model is called: organization/model."""
 WEIGHT_PATTERNS = ("*.safetensors", "*.safetensors.index.json")
 TOKENIZER_PATTERNS = ("tokenizer*", "special_tokens_map.json", "vocab.*", "merges.txt", "chat_template*")
 CONFIG_PATTERNS = ("config.json", "generation_config.json")

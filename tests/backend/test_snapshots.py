@@ -80,6 +80,16 @@ def test_existing_name_is_never_overwritten(tmp_path: Path) -> None:
     assert (folder / "weights.bin").read_bytes() == before
 
 
+def test_name_taken_while_writing_is_not_overwritten(tmp_path: Path) -> None:
+    def write_slowly(folder: Path) -> None:
+        save(tmp_path, manifest(step=7))  # another writer was faster
+        write_two_files(folder)
+
+    with pytest.raises(CheckpointError, match="'step-1' exists already"):
+        save(tmp_path, manifest(), write_slowly)
+    assert [found.step for found in list_manifests(tmp_path, "job-a")] == [7]
+
+
 def test_failed_write_leaves_nothing(tmp_path: Path) -> None:
     def fail(folder: Path) -> None:
         write_two_files(folder)

@@ -35,17 +35,21 @@ def job(tmp_path: Path, tiny: Path, rank: int) -> TrainerJob:
     return TrainerJob(tmp_path, tiny, lora_rank=rank)
 
 
-def test_resumed_training_is_bit_identical(tmp_path: Path, tiny: Path, job: TrainerJob, rank: int) -> None:
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_resumed_training_is_bit_identical(tmp_path: Path, tiny: Path, rank: int, dtype: str) -> None:
+    spec = {"lora_rank": rank, "extra_args": [f"--compute-dtype={dtype}"]}
+    job = TrainerJob(tmp_path, tiny, **spec)
     model = job.create(rank)
     job.train(model, DATA, 3)
     assert job.run("save_weights", model, path="step-3") == {"path": "step-3", "type": "save_weights"}
     job.train(model, DATA, 3)
-    resumed_job = TrainerJob(tmp_path, tiny, "job-b", lora_rank=rank)  # another process of another job
+    resumed_job = TrainerJob(tmp_path, tiny, "job-b", **spec)  # another process of another job
     resumed = resumed_job.create(rank, seed=99)
     resumed_job.run("load_weights", resumed, path="cross_job://job-a/step-3", optimizer=True)
     resumed_job.train(resumed, DATA, 3)
     assert same(resumed_job.weights(resumed), job.weights(model))
-    assert load_manifest(job.checkpoints / "state" / "step-3").step == 3
+    manifest = load_manifest(job.checkpoints / "state" / "step-3")
+    assert (manifest.step, manifest.metadata["compute_dtype"]) == (3, dtype)
 
 
 def test_load_without_optimizer_starts_fresh_moments(job: TrainerJob, rank: int) -> None:
@@ -193,15 +197,21 @@ def test_lora_sampler_snapshot_is_a_folder_that_peft_loads_with_the_same_logits(
     assert (manifest.lora_rank, manifest.checkpoint_type, manifest.promotable, manifest.step) == (4, "base", True, 3)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("unembed", [True, False])
-def test_merged_snapshot_is_a_whole_model_with_the_adapter_inside(tmp_path: Path, tied: bool, unembed: bool) -> None:
+def test_merged_snapshot_is_a_whole_model_with_the_adapter_inside(
+    tmp_path: Path, tied: bool, unembed: bool, dtype: str
+) -> None:
     tiny = make_tiny_model(tmp_path / "model", tie_word_embeddings=tied)
-    job = TrainerJob(tmp_path, tiny, lora_rank=4)
+    job = TrainerJob(tmp_path, tiny, lora_rank=4, extra_args=[f"--compute-dtype={dtype}"])
     model = job.create(4, train_unembed=unembed)
     job.train(model, DATA, 3)
     job.run("save_weights_for_sampler", model, path="merged", checkpoint_type="merged_base", export_precision="bf16")
-    loaded = AutoModelForCausalLM.from_pretrained(job.checkpoints / "sampler" / "merged", dtype=torch.float32)
+    folder = job.checkpoints / "sampler" / "merged"
+    # An adapted head no longer equals the embedding, and a reader that ties the two would lose it.
+    assert json.loads((folder / "config.json").read_text())["tie_word_embeddings"] is (tied and not unembed)
+    loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     with torch.no_grad():
         got = loaded(TOKENS_NT).logits
     expected = logits_of(job, model)

@@ -81,6 +81,17 @@ def test_loss_and_gradients_match_plain_autograd(
         assert torch.allclose(parameter.grad, gradients[name], atol=1e-3 * gradients[name].abs().max()), name
 
 
+def test_bfloat16_gradients_point_where_float32_ones_do(tiny: Path, decoder: HuggingFaceDecoder) -> None:
+    data = make_data("cross_entropy")
+    rounded = HuggingFaceDecoder.load(tiny, "bfloat16")
+    rounded.model.requires_grad_(True)
+    results = [forward_backward(d, data, KERNELS["cross_entropy"], {}) for d in (decoder, rounded)]
+    assert results[0].metrics["loss:sum"] == pytest.approx(results[1].metrics["loss:sum"], rel=0.02)
+    for exact, ours in zip(decoder.model.parameters(), rounded.model.parameters(), strict=True):
+        assert ours.grad.dtype == torch.float32
+        assert torch.cosine_similarity(exact.grad.flatten(), ours.grad.flatten(), dim=0) > 0.999
+
+
 def test_several_targets_a_position_each_count(tiny: Path, decoder: HuggingFaceDecoder) -> None:
     targets = torch.tensor([[1, 2], [3, 3], [4, 5]])
     weights = torch.tensor([[0.5, -1.0], [2.0, 1.0], [0.0, 0.0]])

@@ -132,7 +132,7 @@ def test_random_conversations_train_exactly_their_messages(
     renderer = Renderer(changed, train_on_what)
     generator = random.Random(f"{template} {train_on_what}")
     for _ in range(25):
-        contents = ["".join(generator.choices("ab \n[:é", k=generator.randint(1, 6))) + "x" for _ in range(6)]
+        contents = ["".join(generator.choices("ab \n[:\u00e9", k=generator.randint(1, 6))) + "x" for _ in range(6)]
         row = chat(*contents[: generator.choice((2, 4, 6))])
         rendered = renderer.render(row, "row 0")
         text = changed.apply_chat_template(row["messages"], tokenize=False)
@@ -154,7 +154,7 @@ def _letters(text: str) -> str:
     """Content letters and ends of turns only; white space and instruction marks differ by template."""
     for mark in ("<|im_end|>", "</s>", "\n\n"):
         text = text.replace(mark, "")
-    return "".join(c for c in text.replace("[/INST]", "") if c in "abx[:é")
+    return "".join(c for c in text.replace("[/INST]", "") if c in "abx[:\u00e9")
 
 
 def test_content_that_begins_with_a_newline_keeps_the_header_a_sampler_sees() -> None:
@@ -260,3 +260,10 @@ def test_the_fingerprint_follows_what_decides_the_tokens(tokenizer: PreTrainedTo
     ]
     assert len({renderer.fingerprint for renderer in renderers}) == 3
     assert Renderer(tokenizer, renderer_name="chat_template").fingerprint == renderers[0].fingerprint
+
+
+def test_the_first_token_is_never_trained(tokenizer: PreTrainedTokenizerBase) -> None:
+    bare = "{% for m in messages %}{{ m['content'] + '<|im_end|>' }}{% endfor %}"
+    rendered = Renderer(tokenizers.with_template(tokenizer, bare), "all_messages").render(chat("q", "a"), "row 0")
+    assert rendered.weights.tolist() == [0, 1, 1, 1]
+    assert rendered.num_trained == int(rendered.target_weights.sum()) == 3

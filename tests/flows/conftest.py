@@ -9,12 +9,13 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 
 from cookbook import embedded
-from tests.flows.helpers import write_rows
+from tests.flows.helpers import finish, sft_parameters, start, write_rows
 from tests.tiny_model import make_tiny_model
 
 
@@ -91,3 +92,30 @@ def backend_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 def rows_file(tmp_path: Path) -> Path:
     """24 chat rows."""
     return write_rows(tmp_path / "rows.jsonl")
+
+
+@pytest.fixture(scope="session")
+def environment(prefect_environment: dict[str, str], backend_home: Path) -> dict[str, str]:
+    """Environment of a run: this session's Prefect server and COOKBOOK_HOME."""
+    return {**prefect_environment, "COOKBOOK_HOME": str(backend_home)}
+
+
+@pytest.fixture(scope="session")
+def undisturbed(
+    environment: dict[str, str], tiny_model: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A run of four epochs of three steps that nothing disturbs: parameters and summary."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    rows, held_out = write_rows(folder / "rows.jsonl"), write_rows(folder / "held_out.jsonl", 8, start=100)
+    parameters = sft_parameters(
+        folder / "run",
+        tiny_model,
+        rows,
+        epochs=4,
+        lr_schedule="cosine",
+        warmup_ratio=0.2,
+        weight_sync={"dcp_save_interval": 2},
+        evaluation={"dataset": str(held_out)},
+        output_model_id="tiny-{run_id}",
+    )
+    return parameters, finish(start(parameters, environment))

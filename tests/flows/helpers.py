@@ -1,8 +1,12 @@
-"""What the flow tests share: small configs and rows."""
+"""What the flow tests share: small configs and rows, and runs in processes of their own."""
 
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,3 +37,44 @@ def sft_parameters(log_path: Path, model: Path, rows: Path, **fields: Any) -> di
         "infra": {"extra_args": ["--compute-dtype=float32", "--threads=1"]},
         **fields,
     }
+
+
+def start(parameters: dict[str, Any], environment: dict[str, str]) -> subprocess.Popen[str]:
+    """`cookbook run sft --json` with these parameters, as a process."""
+    log_path = Path(parameters["log_path"])
+    config = log_path.with_suffix(".yaml")
+    config.write_text(json.dumps(parameters))  # JSON is YAML
+    command = [sys.executable, "-m", "cookbook.cli", "run", "sft", "--config", str(config), "--json"]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def finish(process: subprocess.Popen[str], timeout_s: float = 150) -> dict[str, Any]:
+    """Wait for a run to end well; its summary."""
+    out, err = process.communicate(timeout=timeout_s)
+    assert process.returncode == 0, f"{out}\n{err}"
+    summary: dict[str, Any] = json.loads(out.strip().splitlines()[-1])
+    return summary
+
+
+def metrics(parameters: dict[str, Any]) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl; a torn last one is left out."""
+    path = Path(parameters["log_path"]) / "metrics.jsonl"
+    text = path.read_text() if path.exists() else ""
+    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+
+
+def losses(parameters: dict[str, Any]) -> dict[int, float]:
+    """Step -> training loss."""
+    return {row["step"]: row["train/loss"] for row in metrics(parameters) if "train/loss" in row}
+
+
+def wait_for(
+    condition: Callable[[], bool], process: subprocess.Popen[str] | None = None, timeout_s: float = 90
+) -> None:
+    """Poll until `condition` holds; fail when the process ends before that, or nothing happens in time."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        if process is not None and process.poll() is not None:
+            raise AssertionError(f"the run ended too early:\n{process.communicate()[1]}")
+        assert time.monotonic() < deadline, "nothing happened in time"
+        time.sleep(0.02)

@@ -1,13 +1,17 @@
 """The deployment of prefect.yaml, for real: deploy, a worker in its own process, a run from submitted parameters."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import httpx
 import pytest
 
-from tests.flows.helpers import sft_parameters
+from tests.flows.helpers import losses, sft_parameters, wait_for
 
 CHECKOUT = Path(__file__).parents[2]
 
@@ -27,8 +31,7 @@ def prefect(*arguments, environment, timeout_s=120):
 
 
 @pytest.fixture(scope="module")
-def worker(prefect_environment, backend_home, tmp_path_factory):
-    environment = {**prefect_environment, "COOKBOOK_HOME": str(backend_home)}
+def worker(environment, tmp_path_factory):
     prefect("work-pool", "create", "cookbook", "--type", "process", environment=environment)
     prefect("--no-prompt", "deploy", "--all", environment=environment)
     log = (tmp_path_factory.mktemp("worker") / "worker.log").open("wb")
@@ -66,3 +69,44 @@ def test_a_bad_config_is_refused_before_a_run_exists(worker, tmp_path):
     assert done.returncode != 0
     assert "learning_rte" in done.stdout + done.stderr
     assert not (tmp_path / "run").exists()
+
+
+def submit(environment, parameters):
+    """Create a flow run of the deployment through the API; its id."""
+    api = environment["PREFECT_API_URL"]
+    deployment = httpx.get(f"{api}/deployments/name/sft/sft", timeout=30).raise_for_status().json()
+    answer = httpx.post(
+        f"{api}/deployments/{deployment['id']}/create_flow_run",
+        json={"parameters": {"config": parameters}, "state": {"type": "SCHEDULED"}},
+        timeout=30,
+    )
+    return answer.raise_for_status().json()["id"]
+
+
+def flow_run(environment, run_id):
+    answer = httpx.get(f"{environment['PREFECT_API_URL']}/flow_runs/{run_id}", timeout=30)
+    return answer.raise_for_status().json()
+
+
+def retry(environment, run_id):
+    """Retry a crashed flow run, again where the first retry was overwritten by a late report of the crash."""
+    for _ in range(3):
+        time.sleep(6)
+        if flow_run(environment, run_id)["state_type"] == "CRASHED":
+            prefect("flow-run", "retry", run_id, environment=environment)
+        if flow_run(environment, run_id)["state_type"] != "CRASHED":
+            return
+
+
+def test_a_flow_run_that_was_killed_resumes_by_prefects_retry(worker, undisturbed, tmp_path):
+    parameters = {**undisturbed[0], "log_path": str(tmp_path / "run"), "output_model_id": None}
+    run_id = submit(worker, parameters)
+    wait_for(lambda: max(losses(parameters), default=0) >= 5, timeout_s=120)
+    lease = json.loads((tmp_path / "run" / "run.json").read_text())["lease"]
+    os.kill(lease["pid"], signal.SIGKILL)
+    wait_for(lambda: flow_run(worker, run_id)["state_type"] == "CRASHED", timeout_s=60)
+    retry(worker, run_id)
+    wait_for(lambda: flow_run(worker, run_id)["state_type"] == "COMPLETED", timeout_s=120)
+    assert flow_run(worker, run_id)["run_count"] == 2
+    assert losses(parameters) == losses(undisturbed[0])
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["resumed_from_step"] in (4, 6)

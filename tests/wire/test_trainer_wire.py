@@ -371,6 +371,28 @@ def test_full_disk_fails_the_save_and_leaves_nothing(tmp_path: Path, tiny: Path)
         assert saved == {"path": "step-1", "type": "save_weights"}
 
 
+def test_lack_of_memory_fails_the_request_and_keeps_what_was_gathered(tmp_path: Path) -> None:
+    # The logits of a full micro-batch take 160 MB, more than the address space that a process keeps in reserve.
+    wide = make_tiny_model(tmp_path / "model", vocab_size=20_000)
+    with trainer(tmp_path / "job-m", wide) as running:
+        model = running.open_model(running.open_session())
+
+        def gradient(number: int, data: list[dict[str, Any]]) -> dict[str, Any]:
+            given = {"loss_fn": "cross_entropy", "data": data}
+            body = {"model_id": model, "seq_id": number, "forward_backward_input": given}
+            return running.run("forward_backward", body)
+
+        assert "metrics" in gradient(1, CROSS_ENTROPY["data"])
+        used = int(Path(f"/proc/{running.process.pid}/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.prlimit(running.process.pid, resource.RLIMIT_AS, (used + 2_000_000, resource.RLIM_INFINITY))
+        failed = gradient(2, [datum("z" * 250)] * 16)
+        resource.prlimit(running.process.pid, resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        assert (failed["category"], "out of memory" in failed["error"]) == ("server", True), failed
+        step = {"model_id": model, "seq_id": 3, "adam_params": ADAM}
+        answer = running.run("optim_step", step)
+        assert answer["metrics"]["num_sequences"] == 3, running.log()
+
+
 def test_killed_worker_leaves_only_whole_checkpoints_and_its_ids_are_gone_for_the_next(
     tmp_path: Path, tiny: Path
 ) -> None:
