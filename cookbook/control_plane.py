@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import Any, Self, TypeAlias, TypeVar
 
 import httpx
-from fireworks.training.sdk import TrainerJobManager
+from fireworks.training.sdk import TrainerJobManager, TrainingShapeProfile
 
 from cookbook import embedded
 from cookbook.config import Environment, bypass_proxies
@@ -145,11 +145,11 @@ class ControlPlane:
         """The account that the key belongs to."""
         return self.call("looking up the account", lambda: str(self.jobs.account_id), timeout_s)
 
-    def shape_context(self, training_shape_id: str, timeout_s: float = CALL_TIMEOUT_S) -> int:
-        """The longest context of a training shape, in tokens."""
+    def shape(self, training_shape_id: str, timeout_s: float = CALL_TIMEOUT_S) -> TrainingShapeProfile:
+        """The newest validated version of a training shape: its context length and its hardware."""
         return self.call(
             f"looking up training_shape_id {training_shape_id!r}",
-            lambda: int(self.jobs.resolve_training_profile(training_shape_id).max_supported_context_length),
+            lambda: self.jobs.resolve_training_profile(training_shape_id),
             timeout_s,
         )
 

@@ -233,11 +233,7 @@ def _request(
             node_count=infra.node_count,
             custom_image_tag=infra.custom_image_tag,
         )
-    profile = control.call(
-        f"looking up training shape {shape!r}",
-        lambda: control.jobs.resolve_training_profile(shape),
-        _left(deadline),
-    )
+    profile = control.shape(shape, _left(deadline))
     longest = profile.max_supported_context_length
     if config.max_seq_len is not None and config.max_seq_len > longest:
         what = f"is {config.max_seq_len}, but training shape {shape} supports at most {longest} tokens."

@@ -57,20 +57,23 @@ class RunSummary:
         """Aligned lines for a terminal."""
         table = self._table()
         width = max(len(name) for name, _ in table)
-        return "\n".join([f"Run {self.run_id}: {self.status}", *(f"  {name:<{width}}  {value}" for name, value in table)])
+        lines = [f"  {name:<{width}}  {value}" for name, value in table]
+        return "\n".join([f"Run {self.run_id}: {self.status}", *lines])
 
     def to_markdown(self) -> str:
         """A table for a Prefect artifact."""
         rows = [f"| {name} | {value} |" for name, value in self._table()]
-        return "\n".join([f"## {self.recipe.upper()} run {self.run_id}: {self.status}", "", "| | |", "|---|---|", *rows]) + "\n"
+        title = f"## {self.recipe.upper()} run {self.run_id}: {self.status}"
+        return "\n".join([title, "", "| | |", "|---|---|", *rows]) + "\n"
 
     def _table(self) -> list[tuple[str, str]]:
         table = [("base model", self.base_model), ("trained", self._trained())]
         if self.resumed_from_step is not None:
             table.append(("resumed from", f"step {self.resumed_from_step:,}"))
         if self.tokens_per_second:
-            table.append(("speed", f"{self.tokens_per_second:,.0f} tok/s ({self.train_seconds:,.1f} s in training steps)"))
-        table += [row for row in self._comparisons()]
+            seconds = f"{self.train_seconds:,.1f} s in training steps"
+            table.append(("speed", f"{self.tokens_per_second:,.0f} tok/s ({seconds})"))
+        table += self._comparisons()
         if self.checkpoint is not None:
             table.append(("checkpoint", f"{self.checkpoint} ({self.checkpoint_path})"))
         if self.model is not None:
@@ -79,7 +82,8 @@ class RunSummary:
 
     def _trained(self) -> str:
         epochs = "epoch" if self.epochs == 1 else "epochs"
-        return f"{self.steps:,} steps, {self.epochs} {epochs}, {self.rows_consumed:,} rows, {self.trained_tokens:,} trained tokens"
+        rows = f"{self.rows_consumed:,} rows, {self.trained_tokens:,} trained tokens"
+        return f"{self.steps:,} steps, {self.epochs} {epochs}, {rows}"
 
     def _comparisons(self) -> list[tuple[str, str]]:
         before, after = self.evaluation.get("before"), self.evaluation.get("after")

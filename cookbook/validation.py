@@ -1,7 +1,7 @@
 """From a YAML file, `--set` and keyword overrides to a config, or to one error that names every problem at once.
 
 Also the cheap checks of what a config points at: data files, model folders, the run directory. Rules of single fields
-and between fields are in cookbook/config.py; what is in a data row is checked when the rows are rendered.
+and between fields are in cookbook/config.py; the rows themselves are checked in cookbook/data.
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ from __future__ import annotations
 import difflib
 import os
 import reprlib
-from collections.abc import Iterator, Mapping, Sequence
+import tempfile
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -21,7 +22,7 @@ from cookbook.config import Environment, RecipeConfig, SFTConfig, environment
 from cookbook.errors import ConfigError, ModelError, Problem
 from cookbook.models.folders import HUB_NAME, check_model_folder, find_folder
 
-__all__ = ["check_inputs", "load_config"]
+__all__ = ["check_inputs", "load_config", "with_row_problems"]
 
 C = TypeVar("C", bound=RecipeConfig)
 
@@ -63,9 +64,10 @@ def load_config(
     problems += field_problems
     if "backend" in stand_ins:  # which models there are depends on it
         stand_ins |= {"base_model", "tokenizer_model"}
-    problems += [p for p in check_inputs(config, environment()) if p.where not in stand_ins]
+    env = environment()
+    problems += [p for p in check_inputs(config, env) if p.where not in stand_ins]
     if problems:
-        raise ConfigError(list(dict.fromkeys(problems)))
+        raise ConfigError(with_row_problems(problems, config, env, stand_ins))
     return config
 
 
@@ -299,6 +301,28 @@ def check_inputs(config: RecipeConfig, env: Environment) -> list[Problem]:
     if isinstance(config, SFTConfig) and config.evaluation.dataset is not None:
         problems += _check_data_file("evaluation.dataset", config.evaluation.dataset)
     return problems + _check_models(config, env.home / "models") + _check_wandb(config, env)
+
+
+def with_row_problems(
+    problems: Sequence[Problem], config: RecipeConfig, env: Environment, stand_ins: Collection[str] = ()
+) -> list[Problem]:
+    """`problems`, and those of the data rows where they can be read all the same, so that one error names everything.
+
+    Rows are rendered for it, which takes a while on much data: only a config that is refused anyway pays for that. One
+    without problems has its rows checked when the run loads them.
+    """
+    known = {p.where.split(":")[0] for p in problems} | set(stand_ins)
+    needed = {"dataset", "base_model", "tokenizer_model", "train_on_what", "renderer_name"}
+    if not isinstance(config, SFTConfig) or known & needed:
+        return list(dict.fromkeys(problems))
+    from cookbook.data.sft import load_sft_data  # a tokenizer takes seconds to import
+
+    try:
+        with tempfile.TemporaryDirectory() as cache_dir:
+            load_sft_data(config, env.home / "models", Path(cache_dir))
+    except ConfigError as error:
+        return list(dict.fromkeys([*problems, *(p for p in error.problems if p.where not in known)]))
+    return list(dict.fromkeys(problems))
 
 
 def _check_log_path(config: RecipeConfig) -> list[Problem]:

@@ -25,8 +25,8 @@ def sft(config: SFTConfig) -> RunSummary:
     Run it again with the same log_path to resume: from the last committed checkpoint, at the exact row.
     """
     with open_run(config) as run:
-        if run.finished:
-            return run.directory.summary()
+        if (summary := run.finished()) is not None:
+            return summary
 
         data = preflight(run)  # every row rendered and counted, before anything costs money
         provision_trainer(run)

@@ -6,11 +6,12 @@ from prefect.artifacts import create_markdown_artifact
 
 from cookbook.data.sft import SFTData, load_sft_data
 from cookbook.errors import ConfigError
-from cookbook.validation import check_inputs
+from cookbook.validation import check_inputs, with_row_problems
 from tasks.record import recorded
 from tasks.run import Run
 
 __all__ = ["preflight"]
+
 
 @recorded(deadline=lambda config: 24 * 3600.0, retried=False)
 def preflight(run: Run) -> SFTData:
@@ -22,7 +23,7 @@ def preflight(run: Run) -> SFTData:
     """
     problems = check_inputs(run.config, run.env)
     if problems:
-        raise ConfigError(problems)
+        raise ConfigError(with_row_problems(problems, run.config, run.env))
     data = load_sft_data(
         run.config,
         run.env.home / "models",

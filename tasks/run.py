@@ -71,10 +71,12 @@ class Run:
         self._control: ControlPlane | None = None
         self._client: ReconnectableClient | None = None
 
-    @property
-    def finished(self) -> bool:
-        """Whether an earlier start of this run has come to its end."""
-        return self.directory.summary() is not None
+    def finished(self) -> RunSummary | None:
+        """How an earlier start of this run came to its end; None while it has not."""
+        summary = self.directory.summary()
+        if summary is not None:
+            self.tracker.finish(summary)
+        return summary
 
     @property
     def control(self) -> ControlPlane:
@@ -103,11 +105,19 @@ class Run:
         shape = self.config.infra.training_shape_id
         if shape is None:
             return None
-        return self.control.shape_context(shape)
+        return self.control.shape(shape).max_supported_context_length
+
+    def accelerators(self) -> dict[str, int] | None:
+        """Type -> number of the trainer's accelerators, as the training shape says; None on a manual launch."""
+        shape = self.config.infra.training_shape_id
+        if shape is None:
+            return None
+        profile = self.control.shape(shape)
+        return {profile.accelerator_type: profile.accelerator_count * profile.node_count}
 
     def start(self, progress: Progress) -> None:
         """Training begins at `progress`: cut what is tracked to it."""
-        self.tracker.start(progress)
+        self.tracker.start(progress, self.accelerators())
         self.artifact.show(progress.step, progress.total_steps)
 
     def log_step(self, progress: Progress, metrics: Mapping[str, float], *, tokens: int, seconds: float) -> None:

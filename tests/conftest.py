@@ -2,14 +2,30 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 
+import httpx
 import pytest
 from fireworks.training.sdk import TrainerJobConfig, TrainerJobManager
 
-from tests.wire.conftest import MODEL, WireBackend, backend
+from cookbook import embedded
+from tests.running_backend import MODEL, WireBackend
+from tests.tiny_model import make_tiny_model
 
-__all__ = ["backend"]
+
+@pytest.fixture(scope="session")
+def backend(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WireBackend]:
+    """The backend, with the model `tiny`. Stopped, its trainers too, at the end of the session."""
+    home = tmp_path_factory.mktemp("cookbook-home")
+    make_tiny_model(home / "models" / "tiny")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TINKER_TELEMETRY", "0")
+        patch.setenv("NO_PROXY", ",".join(filter(None, ["127.0.0.1", os.environ.get("NO_PROXY")])))
+        running = WireBackend(embedded.ensure_running(home), home)
+        yield running
+    # Over HTTP and not with embedded.stop: that finds only a backend of the code as it is now.
+    httpx.post(f"{running.base_url}/cookbook/v1/stop", headers={"X-Api-Key": running.api_key}, trust_env=False)
 
 
 @pytest.fixture(scope="session")

@@ -23,7 +23,7 @@ from cookbook.client import ReconnectableClient
 from cookbook.data.datums import datum_from_row
 from cookbook.errors import CheckpointError, LeaseLost, RequestRejected, TrainerLost
 from cookbook.run import Progress, RunDirectory
-from tests.wire.conftest import MODEL
+from tests.running_backend import MODEL
 
 ADAM = AdamParams(learning_rate=1e-2)
 

@@ -12,7 +12,7 @@ from cookbook.client import ReconnectableClient
 from cookbook.data.datums import datum_from_row
 from cookbook.errors import RequestRejected, TrainerLost
 from tests.hostile import HostileTrainer
-from tests.wire.conftest import MODEL
+from tests.running_backend import MODEL
 
 ADAM = AdamParams(learning_rate=1e-2)
 KEY = "hostile-secret-key"

@@ -31,7 +31,7 @@ from cookbook.provisioning import (
 )
 from cookbook.run import RunDirectory
 from tests.hostile import HostileTrainer
-from tests.wire.conftest import MODEL
+from tests.running_backend import MODEL
 
 SHAPE = "accounts/local/trainingShapes/cpu-lora"
 QUICK = ["--compute-dtype=float32", "--threads=1"]
@@ -127,7 +127,7 @@ def test_what_is_deleted_or_no_longer_asked_for_is_followed_by_the_next_generati
 
 
 def test_a_context_longer_than_the_shapes_is_a_config_error(control, ledger):
-    assert control.shape_context(SHAPE) == 4096
+    assert control.shape(SHAPE).max_supported_context_length == 4096
     with pytest.raises(ConfigError, match=r"max_seq_len: is 5000, but training shape .* at most 4096 tokens"):
         provision(control, ledger, config_of({"training_shape_id": SHAPE}, max_seq_len=5000))
     assert ledger.all() == []
@@ -223,7 +223,7 @@ def test_a_wrong_key_is_refused_and_never_shown(backend, caplog):
         for call in (
             lambda: stranger.job("x"),
             lambda: stranger.cancel("x"),
-            lambda: stranger.shape_context(SHAPE),
+            lambda: stranger.shape(SHAPE),
         ):
             with pytest.raises(ProvisioningError, match="401") as refused:
                 call()

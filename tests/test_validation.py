@@ -1,6 +1,7 @@
 """Loading a config: the three sources, and every problem at once with field, value and remedy."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -9,18 +10,21 @@ import pytest
 from cookbook.config import SFTConfig, environment
 from cookbook.errors import ConfigError
 from cookbook.validation import check_inputs, load_config
+from tests.tiny_model import make_tiny_model
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return make_tiny_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture
-def inputs(tmp_path, monkeypatch):
-    """Fields of a config whose files and model exist (the model by its files only)."""
+def inputs(tmp_path, monkeypatch, model):
+    """Fields of a config whose files and model exist."""
     monkeypatch.setenv("COOKBOOK_HOME", str(tmp_path / "home"))
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "rows.jsonl").write_text('{"messages": []}\n')
-    model = tmp_path / "model"
-    model.mkdir()
-    (model / "config.json").write_text(json.dumps({"max_position_embeddings": 512}))
-    (model / "model.safetensors").write_bytes(b"")
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"messages": messages}) + "\n")
     return {"log_path": "run", "base_model": str(model), "dataset": "rows.jsonl"}
 
 
@@ -85,20 +89,11 @@ def test_every_problem_is_in_one_error(inputs, tmp_path):
         "infra: {training_shape_id: s, node_count: 2}\nevaluation: {dataset: nowhere.jsonl}\n",
     )
     found = problems(file=file, sets=["oops"], overrides={"log_path": "run", "dataset": "gone.jsonl"})
-    where = [text.split(": ")[0] for text in found]
-    assert where == [
-        "--set oops",
-        "base_model",
-        "epochs",
-        "infra",
-        "learning_rate",
-        "batch_size",
-        "base_modl",
-        "output_model_id",
-        "dataset",
-        "evaluation.dataset",
-    ]
-    with pytest.raises(ConfigError, match=r"^10 problems in the config; nothing was provisioned:\n  - log_path: "):
+    where = {text.split(": ")[0] for text in found}
+    fields = {"base_model", "epochs", "infra", "learning_rate", "batch_size", "base_modl", "output_model_id", "dataset"}
+    assert where == {"--set oops", "evaluation.dataset"} | fields
+    assert len(found) == len(where)
+    with pytest.raises(ConfigError, match=r"^10 problems in the config; nothing was provisioned:\n  - "):
         load_config(SFTConfig, file=file)
 
 
@@ -241,9 +236,9 @@ def test_a_model_that_is_not_there_says_how_to_get_it(inputs):
     assert unknown.startswith("base_model: no model 'nonsense'")
 
 
-def test_a_model_folder_without_weights_is_named(inputs, tmp_path):
-    (tmp_path / "model" / "model.safetensors").unlink()
-    (problem,) = problems(overrides=inputs)
+def test_a_model_folder_without_weights_is_named(inputs, model, tmp_path):
+    shutil.copytree(model, tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors"))
+    (problem,) = problems(overrides={**inputs, "base_model": str(tmp_path / "model")})
     assert problem.startswith("base_model:")
     assert "safetensors" in problem
 
@@ -288,3 +283,24 @@ def test_a_config_made_in_python_is_checked_by_the_same_function(inputs):
 def test_validation_is_imported_without_torch_transformers_and_prefect():
     code = "import sys, cookbook.validation; print({'torch', 'transformers', 'prefect', 'wandb'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"
+
+
+def test_problems_of_rows_come_in_the_same_error_as_those_of_fields(model, tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"messages": [{"role": "user", "content": "a"}]}\nnot json\n')
+    held_out = tmp_path / "held_out.jsonl"
+    held_out.write_text('{"messages": []}\n')
+    sets = [
+        f"base_model={model}",
+        f"dataset={rows}",
+        f"evaluation.dataset={held_out}",
+        f"log_path={tmp_path / 'run'}",
+        "learning_rte=1",
+    ]
+    with pytest.raises(ConfigError) as caught:
+        load_config(SFTConfig, sets=sets)
+    text = str(caught.value)
+    assert "learning_rte" in text
+    assert "row 0" in text
+    assert "row 1" in text
+    assert [p.where for p in caught.value.problems] == ["learning_rte", "dataset", "evaluation.dataset"]

@@ -9,7 +9,7 @@ from cookbook.client import ReconnectableClient
 from cookbook.data.rendering import RenderedRow
 from cookbook.errors import DataError, TrainerLost
 from cookbook.evaluation import EvalResult, evaluate_held_out
-from tests.wire.conftest import MODEL
+from tests.running_backend import MODEL
 
 
 def row(tokens, weights):

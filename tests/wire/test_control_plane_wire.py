@@ -17,7 +17,7 @@ from fireworks.training.sdk.client import FiretitanServiceClient, FiretitanTrain
 
 from cookbook import embedded
 from cookbook.backend.snapshots import Manifest, SnapshotKind, snapshot_dir, write_snapshot
-from tests.wire.conftest import MODEL, WireBackend
+from tests.running_backend import MODEL, WireBackend
 
 SHAPES = "accounts/local/trainingShapes"
 POLL_S = 0.2
