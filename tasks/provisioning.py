@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 from cookbook.deadlines import Deadline
 from cookbook.provisioning import provision_trainer as provision
 from tasks.record import recorded
@@ -20,7 +22,9 @@ def provision_trainer(run: Run) -> dict[str, str]:
     Raises:
         ProvisioningError: the trainer failed, or was not ready in time.
     """
+    started = time.monotonic()
     run.trainer = provision(
         run.control, run.ledger, run.config, role="policy", deadline=Deadline(run.config.infra.trainer_timeout_s)
     )
+    run.tracker.event(f"trainer {run.trainer.job_id} is ready ({time.monotonic() - started:.1f} s)")
     return {"job_id": run.trainer.job_id, "generation": str(run.trainer.generation)}

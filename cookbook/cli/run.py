@@ -80,7 +80,7 @@ def _run_flow(recipe: str, config: RecipeConfig, *, debug: bool) -> Any:
     set_prefect_defaults()
     flow = _flow(recipe)
     if not debug:
-        _show_errors_without_traceback()
+        _show_what_matters()
     try:
         return flow(config)
     except KeyboardInterrupt as error:
@@ -126,10 +126,16 @@ class _WithoutTraceback(logging.Formatter):
         return self._inner.format(shortened)
 
 
-def _show_errors_without_traceback() -> None:
-    """Prefect logs the traceback of a failed flow; on the terminal the one message at the end says it all."""
+def _is_news(record: logging.LogRecord) -> bool:
+    """Not the ends of task runs: a training step ends every few seconds, and the progress display shows it."""
+    return record.name != "prefect.task_runs" or record.levelno > logging.INFO
+
+
+def _show_what_matters() -> None:
+    """On the terminal, leave out the routine of task runs, and tracebacks: the one message at the end says it all."""
     from cookbook.tracking.terminal import stderr_handlers
 
     for handler in stderr_handlers():
+        handler.addFilter(_is_news)
         if handler.formatter is not None and not isinstance(handler.formatter, _WithoutTraceback):
             handler.setFormatter(_WithoutTraceback(handler.formatter))

@@ -1,6 +1,7 @@
 """The SFT flow end to end on the embedded backend, each run in a process of its own, as `cookbook run` starts it."""
 
 import json
+import resource
 import signal
 from pathlib import Path
 
@@ -45,3 +46,25 @@ def test_a_run_killed_between_two_saves_in_epoch_2_resumes_to_the_same_losses(un
     assert losses(killed) == losses(parameters)
     assert all(seen[step] == losses(parameters)[step] for step in seen)
     assert [row["step"] for row in metrics(killed) if "train/loss" in row] == list(range(1, 4 * STEPS_PER_EPOCH + 1))
+
+
+def test_a_disk_that_fills_up_ends_the_run_and_loses_no_commit(undisturbed, environment, backend_home, tmp_path):
+    parameters = {**undisturbed[0], "log_path": str(tmp_path / "run"), "output_model_id": None, "epochs": 40}
+    process = start(parameters, environment)
+    commits = tmp_path / "run" / "checkpoints.jsonl"
+    wait_for(lambda: commits.exists() and commits.read_text().count("\n") >= 1, process)
+    (worker,) = backend_home.glob(f"backend/*/jobs/{run_id(parameters)}-policy-g1/worker.json")
+    # No file of the trainer may grow above 100 kB from now on, as on a disk that is full; a save needs 1.4 MB.
+    resource.prlimit(json.loads(worker.read_text())["pid"], resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
+    _, err = process.communicate(timeout=90)
+    assert process.returncode == 1
+    assert "File too large" in err
+    assert "Traceback" not in err
+    kept = [json.loads(line)["step"] for line in commits.read_text().splitlines()]
+    summary = finish(start(parameters, environment))
+    assert summary["resumed_from_step"] == kept[-1]
+    assert summary["steps"] == 40 * STEPS_PER_EPOCH
+
+
+def run_id(parameters):
+    return json.loads((Path(parameters["log_path"]) / "run.json").read_text())["run_id"]
