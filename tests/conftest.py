@@ -26,6 +26,7 @@ def backend(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WireBackend]:
         yield running
     # Over HTTP and not with embedded.stop: that finds only a backend of the code as it is now.
     httpx.post(f"{running.base_url}/cookbook/v1/stop", headers={"X-Api-Key": running.api_key}, trust_env=False)
+    embedded.stop(home)  # of the present code; waits until its processes have ended
 
 
 @pytest.fixture(scope="session")

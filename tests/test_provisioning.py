@@ -134,7 +134,7 @@ def test_a_context_longer_than_the_shapes_is_a_config_error(control, ledger):
 
 
 def test_a_shape_that_does_not_exist_or_suit_is_refused_in_the_backends_words(control, ledger):
-    with pytest.raises(ProvisioningError, match=r"training shape 'accounts/local/trainingShapes/none' failed"):
+    with pytest.raises(ProvisioningError, match=r"training_shape_id 'accounts/local/trainingShapes/none' failed"):
         provision(control, ledger, config_of({"training_shape_id": "accounts/local/trainingShapes/none"}))
     with pytest.raises(ProvisioningError, match="POLICY_TRAINER"):
         provision(control, ledger, config_of({"training_shape_id": "accounts/local/trainingShapes/cpu-full"}))
