@@ -16,8 +16,9 @@ from cookbook.config import SFTConfig, environment
 from cookbook.data.datums import datum_from_row, token_mean_weights
 from cookbook.data.rendering import RenderedRow
 from cookbook.deadlines import Deadline
+from cookbook.ledger import ResourceLedger
 from cookbook.provisioning import connect, provision_trainer, release_trainer
-from cookbook.run import ResourceLedger, RunDirectory
+from cookbook.run import RunDirectory
 
 
 def main() -> None:

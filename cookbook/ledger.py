@@ -5,17 +5,12 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from cookbook.errors import CheckpointError
 from cookbook.files import append_jsonl, read_jsonl
+from cookbook.run import RESOURCES_FILE, RunDirectory
 
-if TYPE_CHECKING:
-    from cookbook.run import RunDirectory
-
-__all__ = ["RESOURCES_FILE", "ResourceLedger", "ResourceRecord", "read_resources"]
-
-RESOURCES_FILE = "resources.jsonl"
+__all__ = ["ResourceLedger", "ResourceRecord", "read_resources"]
 
 
 @dataclass(frozen=True)

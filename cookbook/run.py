@@ -22,21 +22,19 @@ from typing import Any, Self
 
 from cookbook.errors import CheckpointError, ConfigError, LeaseLost, Problem
 from cookbook.files import cut_torn_line, file_lock, read_json, read_jsonl, try_lock, write_json
-from cookbook.ledger import RESOURCES_FILE, ResourceLedger, ResourceRecord, read_resources
 from cookbook.summary import RunSummary
 
 __all__ = [
     "CHECKPOINTS_FILE",
+    "RESOURCES_FILE",
     "Progress",
-    "ResourceLedger",
-    "ResourceRecord",
     "RunDirectory",
     "RunRecord",
     "list_runs",
-    "read_resources",
 ]
 
 RUN_FILE = "run.json"
+RESOURCES_FILE = "resources.jsonl"
 CHECKPOINTS_FILE = "checkpoints.jsonl"
 SUMMARY_FILE = "summary.json"
 LOCK_FILE = ".lock"

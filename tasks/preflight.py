@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from prefect.artifacts import create_markdown_artifact
 
+from cookbook.config import SFTConfig
 from cookbook.data.sft import SFTData, load_sft_data
 from cookbook.errors import ConfigError
 from cookbook.validation import check_inputs, with_row_problems
@@ -21,6 +22,7 @@ def preflight(run: Run) -> SFTData:
         ConfigError: all problems of the config and its data, together.
         CheckpointError: the run began with other data.
     """
+    assert isinstance(run.config, SFTConfig)
     problems = check_inputs(run.config, run.env)
     if problems:
         raise ConfigError(with_row_problems(problems, run.config, run.env))

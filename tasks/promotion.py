@@ -22,7 +22,7 @@ def promote(run: Run) -> dict[str, str]:
     """
     config = run.config
     row = last_promotable(run.directory.path)
-    if row is None or config.output_model_id is None:
+    if row is None or row.source_job_id is None or row.sampler_path is None:
         raise CheckpointError(f"{run.directory.path} has no promotable checkpoint, so nothing to promote.")
     run.model = promote_checkpoint(
         run.control,

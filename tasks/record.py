@@ -16,7 +16,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Concatenate, Generic, ParamSpec, TypeVar
+from typing import Any, Concatenate, Generic, ParamSpec, Protocol, TypeVar
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
@@ -24,13 +24,20 @@ from prefect.cache_policies import NO_CACHE
 from cookbook.config import RecipeConfig, RetryConfig
 from cookbook.errors import BackendError, ConfigError, DataError, LeaseLost, ModelError, RequestRejected, TrainerLost
 
-if TYPE_CHECKING:
-    from tasks.run import Run
-
 __all__ = ["BACKSTOP_S", "MIN_INTERVAL_S", "Policy", "RecordedTask", "Records", "is_retried", "recorded"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
+
+
+class Recording(Protocol):
+    """What the first argument of a task must have: the records of its run."""
+
+    @property
+    def records(self) -> Records: ...
+
+
+R = TypeVar("R", bound=Recording)
 
 MIN_INTERVAL_S = 5.0
 """Seconds between two records of one task."""
@@ -92,28 +99,28 @@ class Policy:
         return body()
 
 
-class RecordedTask(Generic[P, T]):
+class RecordedTask(Generic[R, P, T]):
     """A function of a run that is also a Prefect task, recorded within the budget. Made by `recorded`."""
 
     def __init__(
-        self, body: Callable[Concatenate[Run, P], T], deadline: Callable[[Any], float], retried: bool, persist: bool
+        self, body: Callable[Concatenate[R, P], T], deadline: Callable[[Any], float], retried: bool, persist: bool
     ) -> None:
         functools.update_wrapper(self, body)
         self.body = body
         self.deadline = deadline
         self.retried = retried
-        self.task = task(body, name=body.__name__, cache_policy=NO_CACHE, persist_result=persist)
+        self.task = task(name=body.__name__, cache_policy=NO_CACHE, persist_result=persist)(body)
 
     def policy(self, config: RecipeConfig) -> Policy:
         return Policy(self.deadline(config), config.retry if self.retried else None)
 
-    def __call__(self, run: Run, *args: P.args, **kwargs: P.kwargs) -> T:
+    def __call__(self, run: R, *args: P.args, **kwargs: P.kwargs) -> T:
         return run.records.call(self, run, *args, **kwargs)
 
 
 def recorded(
     *, deadline: Callable[[Any], float], retried: bool, persist: bool = False
-) -> Callable[[Callable[Concatenate[Run, P], T]], RecordedTask[P, T]]:
+) -> Callable[[Callable[Concatenate[R, P], T]], RecordedTask[R, P, T]]:
     """Make a task out of a function whose first argument is the run.
 
     Args:
@@ -122,7 +129,7 @@ def recorded(
         persist: whether Prefect keeps the (small) result.
     """
 
-    def decorate(body: Callable[Concatenate[Run, P], T]) -> RecordedTask[P, T]:
+    def decorate(body: Callable[Concatenate[R, P], T]) -> RecordedTask[R, P, T]:
         return RecordedTask(body, deadline, retried, persist)
 
     return decorate
@@ -139,7 +146,7 @@ class Records:
         self.calls: Counter[str] = Counter()
         self.recorded: Counter[str] = Counter()
 
-    def call(self, recorded_task: RecordedTask[P, T], run: Run, *args: P.args, **kwargs: P.kwargs) -> T:
+    def call(self, recorded_task: RecordedTask[R, P, T], run: R, *args: P.args, **kwargs: P.kwargs) -> T:
         """Call the task, with a Prefect record when its last one is old enough."""
         name = recorded_task.body.__name__
         self.calls[name] += 1

@@ -20,8 +20,9 @@ from cookbook.client import ReconnectableClient
 from cookbook.config import Environment, RecipeConfig, environment
 from cookbook.errors import TrainerLost
 from cookbook.files import read_jsonl
+from cookbook.ledger import ResourceLedger
 from cookbook.provisioning import ControlPlane, PromotedModel, TrainerHandle, connect, release_trainer
-from cookbook.run import Progress, ResourceLedger, RunDirectory
+from cookbook.run import Progress, RunDirectory
 from cookbook.summary import RunSummary
 from cookbook.tracking import LOSS, Tracker, open_tracker
 from cookbook.tracking.tracker import METRICS_FILE

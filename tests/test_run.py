@@ -12,14 +12,13 @@ import pytest
 from cookbook.config import SFTConfig
 from cookbook.errors import CheckpointError, ConfigError, LeaseLost
 from cookbook.files import append_jsonl
+from cookbook.ledger import ResourceLedger, read_resources
 from cookbook.run import (
     CHECKPOINTS_FILE,
     FREE_FIELDS,
     Progress,
-    ResourceLedger,
     RunDirectory,
     list_runs,
-    read_resources,
 )
 from cookbook.summary import RunSummary
 

@@ -5,8 +5,9 @@ One protocol, implemented on transformers models. Losses, batching and optimizer
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
-from typing import Any, Literal, Protocol, cast
+from typing import Any, Literal, Protocol, Self, cast
 
 import torch
 from safetensors import SafetensorError
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from cookbook.errors import ModelError
 
-__all__ = ["ComputeDtype", "Decoder", "HuggingFaceDecoder", "pick_compute_dtype", "read_config"]
+__all__ = ["ComputeDtype", "Decoder", "HuggingFaceDecoder", "dithered", "pick_compute_dtype", "read_config"]
 
 ComputeDtype = Literal["float32", "bfloat16"]
 
@@ -76,8 +77,9 @@ class HuggingFaceDecoder:
     """Decoder on a transformers model held in `model`; `transformer` is the part below the head.
 
     Master weights are float32. With compute dtype bfloat16 matrix products of the transformer run in bfloat16 under
-    autocast. Logits are float32 products, because the log-softmax over a large vocabulary loses too much otherwise; the
-    gradients of the head's input and weight are bfloat16 products, as all others are.
+    autocast, with weights rounded by `dithered`. Logits are float32 products, because the log-softmax over a large
+    vocabulary loses too much otherwise; the gradients of the head's input and weight are bfloat16 products, as all
+    others are.
     """
 
     def __init__(self, model: Any, compute_dtype: ComputeDtype) -> None:
@@ -104,6 +106,9 @@ class HuggingFaceDecoder:
         decoder = cls(model, compute_dtype)
         decoder.check_trainable(folder)
         if compute_dtype == "bfloat16":
+            for name, module in list(model.named_modules()):
+                if type(module) is nn.Linear and module is not decoder.head:
+                    model.set_submodule(name, _DitheredLinear.of(module))
             model.set_output_embeddings(_MixedHead.of(decoder.head))
         return decoder
 
@@ -112,10 +117,9 @@ class HuggingFaceDecoder:
 
         The head, and with it a tied embedding, stays in float32, as it computes in float32.
         """
-        if self.compute_dtype == "bfloat16":
-            for module in self.model.modules():
-                if isinstance(module, nn.Linear) and module is not self.head:
-                    module.to(torch.bfloat16)
+        for module in self.model.modules():
+            if isinstance(module, _DitheredLinear):
+                module.weight.data = dithered(module.weight.data)
 
     @property
     def head(self) -> nn.Module:
@@ -149,18 +153,63 @@ class HuggingFaceDecoder:
             raise ModelError(f"{folder} is not a causal model: later tokens change earlier logits. Choose a decoder.")
 
 
-class _MixedHead(nn.Linear):
-    """A linear layer with float32 outputs, whose two backward products run in bfloat16."""
+def dithered(weight: Tensor) -> Tensor:
+    """Round float32 to bfloat16, up or down so that the mean over many elements is right.
+
+    A checkpoint stored in bfloat16 comes back unchanged. After a step of less than half a bfloat16 digit (0.2 to 0.4%
+    of a weight), rounding to nearest would give the old weight again, as it does for most weights in the first steps of
+    fine-tuning; here a share of the weights moves by a whole digit instead, and the model sees the step. This is
+    stochastic rounding (Gupta et al. 2015, arXiv:1502.02551) with noise that is fixed for each place of a shape: the
+    same weights give the same bits.
+    """
+    bits = (weight.view(torch.int32) + _dither(weight.shape)).bitwise_and_(-(2**16))
+    return bits.view(torch.float32).bfloat16()
+
+
+@functools.cache
+def _dither(shape: torch.Size) -> Tensor:
+    """Uniform over the 16 bits that bfloat16 lacks."""
+    return torch.randint(2**16, shape, generator=torch.Generator().manual_seed(0), dtype=torch.int32)
+
+
+class _Dithered(torch.autograd.Function):
+    """`dithered`, with the gradient of the identity."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor) -> Tensor:
+        return dithered(weight)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        return gradients[0].float()
+
+
+class _SharingLinear(nn.Linear):
+    """A linear layer that computes in another way and shares its parameters with the layer whose place it takes."""
 
     @classmethod
-    def of(cls, head: nn.Module) -> _MixedHead:
-        """The same layer, sharing its parameters. ModelError when it is not linear."""
-        if type(head) is not nn.Linear:
-            raise ModelError(f"the model's head is a {type(head).__name__}, not a linear layer. Choose another model.")
-        mixed = cls(1, 1, bias=False, device="meta")
-        mixed.in_features, mixed.out_features = head.in_features, head.out_features
-        mixed.weight, mixed.bias = head.weight, head.bias
-        return mixed
+    def of(cls, layer: nn.Module) -> Self:
+        """The same layer. ModelError when it is not linear."""
+        if type(layer) is not nn.Linear:
+            raise ModelError(f"the model's head is a {type(layer).__name__}, not a linear layer. Choose another model.")
+        ours = cls(1, 1, bias=False, device="meta")
+        ours.in_features, ours.out_features = layer.in_features, layer.out_features
+        ours.weight, ours.bias = layer.weight, layer.bias
+        return ours
+
+
+class _DitheredLinear(_SharingLinear):
+    """For use under autocast: rounds its weight by `dithered`, unless it is in bfloat16 already."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        weight = self.weight
+        if weight.dtype == torch.float32:
+            weight = _Dithered.apply(weight)  # type: ignore[no-untyped-call]
+        return nn.functional.linear(input, weight, self.bias)
+
+
+class _MixedHead(_SharingLinear):
+    """A linear layer with float32 outputs, whose two backward products run in bfloat16."""
 
     def forward(self, input: Tensor) -> Tensor:
         return cast(Tensor, _MixedProduct.apply(input, self.weight, self.bias))  # type: ignore[no-untyped-call]

@@ -18,7 +18,7 @@ from transformers import (
     PretrainedConfig,
 )
 
-from cookbook.backend.decoder import HuggingFaceDecoder, read_config
+from cookbook.backend.decoder import HuggingFaceDecoder, dithered, read_config
 from cookbook.errors import ModelError
 from tests.tiny_model import make_tiny_model
 
@@ -58,7 +58,17 @@ def test_bfloat16_compute_stays_close_and_gives_float32_logits(tiny: Path) -> No
         compressed = rounded.logits(rounded.hidden_states(TOKENS_NT))
     assert got.dtype == torch.float32
     assert 0 < (got - expected).abs().max() < 0.02 * expected.abs().max()
-    assert (compressed - expected).abs().max() < 0.02 * expected.abs().max()
+    assert torch.equal(compressed, got)
+
+
+def test_rounding_keeps_bfloat16_weights_and_the_mean_of_small_steps() -> None:
+    weights = torch.randn(300, 200, generator=torch.Generator().manual_seed(0)).bfloat16()
+    assert torch.equal(dithered(weights.float()), weights)
+    step = 1e-3 * weights.float().abs()  # a quarter to an eighth of the last digit: rounding to nearest drops it
+    moved = weights.float() + step
+    assert torch.equal(moved.bfloat16(), weights)
+    assert (dithered(moved).float() - weights.float()).mean() == pytest.approx(step.mean().item(), rel=0.05)
+    assert torch.equal(dithered(moved), dithered(moved.clone()))
 
 
 SMALL: dict[str, Any] = {

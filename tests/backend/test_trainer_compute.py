@@ -92,6 +92,21 @@ def test_bfloat16_gradients_point_where_float32_ones_do(tiny: Path, decoder: Hug
         assert torch.cosine_similarity(exact.grad.flatten(), ours.grad.flatten(), dim=0) > 0.999
 
 
+def test_bfloat16_compute_sees_steps_too_small_for_a_bfloat16_weight(tiny: Path) -> None:
+    data, falls = make_data("cross_entropy"), []
+    for dtype in ("float32", "bfloat16"):
+        decoder = HuggingFaceDecoder.load(tiny, dtype)
+        weights = [p for name, p in decoder.model.named_parameters() if name.endswith("proj.weight")]
+        for weight in weights:
+            weight.copy_(weight.bfloat16()).requires_grad_(True)
+        before = forward_backward(decoder, data, KERNELS["cross_entropy"], {}).metrics["loss:sum"]
+        with torch.no_grad():
+            for weight in weights:  # at most a quarter of a digit
+                weight.sub_(1e-3 * weight.abs() * weight.grad.sign())
+        falls.append(before - forward(decoder, data, KERNELS["cross_entropy"], {}).metrics["loss:sum"])
+    assert falls[1] == pytest.approx(falls[0], rel=0.2)
+
+
 def test_several_targets_a_position_each_count(tiny: Path, decoder: HuggingFaceDecoder) -> None:
     targets = torch.tensor([[1, 2], [3, 3], [4, 5]])
     weights = torch.tensor([[0.5, -1.0], [2.0, 1.0], [0.0, 0.0]])
