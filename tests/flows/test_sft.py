@@ -49,7 +49,7 @@ def test_a_run_killed_between_two_saves_in_epoch_2_resumes_to_the_same_losses(un
 
 
 def test_a_disk_that_fills_up_ends_the_run_and_loses_no_commit(undisturbed, environment, backend_home, tmp_path):
-    parameters = {**undisturbed[0], "log_path": str(tmp_path / "run"), "output_model_id": None, "epochs": 40}
+    parameters = {**undisturbed[0], "log_path": str(tmp_path / "run"), "output_model_id": None, "epochs": 16}
     process = start(parameters, environment)
     commits = tmp_path / "run" / "checkpoints.jsonl"
     wait_for(lambda: commits.exists() and commits.read_text().count("\n") >= 1, process)
@@ -63,7 +63,7 @@ def test_a_disk_that_fills_up_ends_the_run_and_loses_no_commit(undisturbed, envi
     kept = [json.loads(line)["step"] for line in commits.read_text().splitlines()]
     summary = finish(start(parameters, environment))
     assert summary["resumed_from_step"] == kept[-1]
-    assert summary["steps"] == 40 * STEPS_PER_EPOCH
+    assert summary["steps"] == 16 * STEPS_PER_EPOCH
 
 
 def run_id(parameters):
