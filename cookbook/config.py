@@ -451,12 +451,12 @@ class SFTConfig(ScheduledConfig):
         """Learning rate of optimizer step `step` (0-based) out of `total_steps`.
 
         Warm-up rises linearly over the first round(warmup_ratio * total_steps) steps, so that step 0 already moves; the
-        schedule then runs to min_lr_ratio * learning_rate at the last step.
+        schedule then runs towards min_lr_ratio * learning_rate, which it would reach after the last step: no step is idle.
         """
         warmup = round(self.warmup_ratio * total_steps)
         if step < warmup:
             return self.learning_rate * (step + 1) / (warmup + 1)
-        done = (step - warmup) / max(1, total_steps - 1 - warmup)
+        done = (step - warmup) / max(1, total_steps - warmup)
         remaining = {"constant": 1.0, "linear": 1.0 - done, "cosine": 0.5 * (1.0 + math.cos(math.pi * done))}[
             self.lr_schedule
         ]

@@ -34,7 +34,7 @@ def preflight(run: Run) -> SFTData:
         progress=run.tracker.rows_read,
     )
     run.directory.pin_data(data.train.fingerprint)
-    run.tracker.event(data.report.to_text())
+    run.say(data.report.to_text())
     create_markdown_artifact(
         data.report.to_markdown(), key=f"preflight-{run.directory.run_id}", description="Pre-flight"
     )

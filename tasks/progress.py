@@ -22,10 +22,10 @@ class ProgressArtifact:
         self._id: UUID | None = None
         self._last = float("-inf")
 
-    def show(self, step: int, total_steps: int, note: str = "") -> None:
-        """Show `step` of `total_steps`. Does nothing within 10 s of the last update, except at the last step."""
+    def show(self, step: int, total_steps: int, note: str = "") -> str | None:
+        """Show `step` of `total_steps`, at most every 10 s and at the last step; what is shown, else None."""
         if self._clock() - self._last < MIN_INTERVAL_S and step < total_steps:
-            return
+            return None
         self._last = self._clock()
         percent = 100.0 * step / max(1, total_steps)
         description = f"step {step} of {total_steps}" + (f", {note}" if note else "")
@@ -33,3 +33,4 @@ class ProgressArtifact:
             self._id = create_progress_artifact(percent, key=self._key, description=description)  # type: ignore[assignment]
         else:
             update_progress_artifact(self._id, percent, description=description)
+        return description

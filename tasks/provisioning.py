@@ -26,5 +26,5 @@ def provision_trainer(run: Run) -> dict[str, str]:
     run.trainer = provision(
         run.control, run.ledger, run.config, role="policy", deadline=Deadline(run.config.infra.trainer_timeout_s)
     )
-    run.tracker.event(f"trainer {run.trainer.job_id} is ready ({time.monotonic() - started:.1f} s)")
+    run.say(f"trainer {run.trainer.job_id} is ready ({time.monotonic() - started:.1f} s)")
     return {"job_id": run.trainer.job_id, "generation": str(run.trainer.generation)}

@@ -25,6 +25,7 @@ from cookbook.provisioning import ControlPlane, PromotedModel, TrainerHandle, co
 from cookbook.run import Progress, RunDirectory
 from cookbook.summary import RunSummary
 from cookbook.tracking import LOSS, Tracker, open_tracker
+from cookbook.tracking.terminal import numbers_text, step_text
 from cookbook.tracking.tracker import METRICS_FILE
 from tasks.progress import ProgressArtifact
 from tasks.record import Records
@@ -33,6 +34,8 @@ __all__ = ["Run", "due", "open_run", "run_name"]
 
 SECRET_BLOCK = "fireworks-api-key"
 EVALUATION_GROUP = "eval/"
+SHOWN = {"shown": True}
+"""Marks a log record that the terminal shows otherwise: `cookbook run` leaves it out there."""
 
 logger = logging.getLogger(__name__)
 
@@ -127,11 +130,19 @@ class Run:
         self.train_tokens += tokens
         self.last_loss = metrics[LOSS]
         self.tracker.log_step(progress.step, metrics)
-        self.artifact.show(progress.step, progress.total_steps, f"loss {self.last_loss:.4f}")
+        if text := self.artifact.show(progress.step, progress.total_steps, step_text(metrics)):
+            logger.info(text, extra=SHOWN)
+
+    def say(self, text: str) -> None:
+        """One piece of news, for the terminal and for the log of the run's page."""
+        self.tracker.event(text)
+        logger.info(text, extra=SHOWN)
 
     def log_evaluation(self, progress: Progress, values: Mapping[str, float]) -> None:
         """Log held-out numbers of the weights at `progress`."""
-        self.tracker.log_step(progress.step, {f"{EVALUATION_GROUP}{name}": value for name, value in values.items()})
+        metrics = {f"{EVALUATION_GROUP}{name}": value for name, value in values.items()}
+        self.tracker.log_step(progress.step, metrics)
+        logger.info("step %d: %s", progress.step, numbers_text(metrics), extra=SHOWN)
 
     def evaluations(self) -> dict[int, dict[str, float]]:
         """Step -> held-out numbers, of all starts of this run up to where it stands; from metrics.jsonl."""

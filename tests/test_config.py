@@ -120,13 +120,13 @@ def test_the_constant_schedule_stays_at_the_peak():
     assert rates(4) == [1.0] * 4
 
 
-def test_the_linear_schedule_ends_at_the_minimum_on_the_last_step():
-    assert rates(5, lr_schedule="linear", min_lr_ratio=0.2) == pytest.approx([1.0, 0.8, 0.6, 0.4, 0.2])
+def test_the_linear_schedule_would_reach_the_minimum_after_the_last_step():
+    assert rates(4, lr_schedule="linear", min_lr_ratio=0.2) == pytest.approx([1.0, 0.8, 0.6, 0.4])
 
 
 def test_the_cosine_schedule_is_half_way_in_the_middle():
-    expected = [1.0, 0.5 * (1 + math.cos(math.pi / 4)), 0.5, 0.5 * (1 + math.cos(3 * math.pi / 4)), 0.0]
-    assert rates(5, lr_schedule="cosine") == pytest.approx(expected)
+    expected = [1.0, 0.5 * (1 + math.cos(math.pi / 4)), 0.5, 0.5 * (1 + math.cos(3 * math.pi / 4))]
+    assert rates(4, lr_schedule="cosine") == pytest.approx(expected)
 
 
 def test_the_warm_up_rises_linearly_and_the_first_step_already_moves():

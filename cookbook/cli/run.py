@@ -127,8 +127,9 @@ class _WithoutTraceback(logging.Formatter):
 
 
 def _is_news(record: logging.LogRecord) -> bool:
-    """Not the ends of task runs: a training step ends every few seconds, and the progress display shows it."""
-    return record.name != "prefect.task_runs" or record.levelno > logging.INFO
+    """Not what the progress display shows as well, and not the ends of task runs, which come every few seconds."""
+    is_routine = record.name == "prefect.task_runs" and record.levelno <= logging.INFO
+    return not is_routine and not getattr(record, "shown", False)
 
 
 def _show_what_matters() -> None:
