@@ -22,6 +22,7 @@ ComputeDtype = Literal["float32", "bfloat16"]
 # A head with any of these is not logits = hidden @ weight.T: gradients of a chunked head would be wrong.
 _HEAD_FIELDS = ("final_logit_softcapping", "logits_scaling", "logit_scale", "lm_head_multiplier")
 _EXPERT_FIELDS = ("num_experts", "num_local_experts", "n_routed_experts")
+_NOISE_SIZE = 2**22
 _PROBE_TOKENS = 8
 
 
@@ -159,17 +160,21 @@ def dithered(weight: Tensor) -> Tensor:
     A checkpoint stored in bfloat16 comes back unchanged. After a step of less than half a bfloat16 digit (0.2 to 0.4%
     of a weight), rounding to nearest would give the old weight again, as it does for most weights in the first steps of
     fine-tuning; here a share of the weights moves by a whole digit instead, and the model sees the step. This is
-    stochastic rounding (Gupta et al. 2015, arXiv:1502.02551) with noise that is fixed for each place of a shape: the
+    stochastic rounding (Gupta et al. 2015, arXiv:1502.02551) with noise that is fixed for each place in a tensor: the
     same weights give the same bits.
     """
-    bits = (weight.view(torch.int32) + _dither(weight.shape)).bitwise_and_(-(2**16))
-    return bits.view(torch.float32).bfloat16()
+    exact = weight.contiguous().view(-1)
+    rounded = torch.empty_like(exact, dtype=torch.bfloat16)
+    for part, into in zip(torch.split(exact, _NOISE_SIZE), torch.split(rounded, _NOISE_SIZE), strict=True):
+        bits = part.view(torch.int32) + _noise()[: len(part)]
+        into.copy_(bits.bitwise_and_(-(2**16)).view(torch.float32))
+    return rounded.view(weight.shape)
 
 
 @functools.cache
-def _dither(shape: torch.Size) -> Tensor:
-    """Uniform over the 16 bits that bfloat16 lacks."""
-    return torch.randint(2**16, shape, generator=torch.Generator().manual_seed(0), dtype=torch.int32)
+def _noise() -> Tensor:
+    """int32 (_NOISE_SIZE,), uniform over the 16 bits that bfloat16 lacks; larger tensors use it again and again."""
+    return torch.randint(2**16, (_NOISE_SIZE,), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
 
 
 class _Dithered(torch.autograd.Function):

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from cookbook.backend.decoder import HuggingFaceDecoder
+from cookbook.backend.decoder import HuggingFaceDecoder, dithered
 
 __all__ = ["write_model"]
 
@@ -33,8 +33,11 @@ _COPIED = (
 def write_model(
     folder: Path, decoder: HuggingFaceDecoder, weights: Iterable[tuple[str, Tensor]], base_folder: Path
 ) -> None:
-    """Write these weights, rounded to bfloat16, with the model's config and the tokenizer files of its base."""
-    tensors = {name: tensor.detach().to(torch.bfloat16).contiguous() for name, tensor in weights}
+    """Write these weights, rounded to bfloat16, with the model's config and the tokenizer files of its base.
+
+    Rounded as for training (`dithered`): rounding to nearest would lose the small steps that the model has learned by.
+    """
+    tensors = {name: _in_bfloat16(tensor.detach()) for name, tensor in weights}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
     config = copy.deepcopy(decoder.model.config)
@@ -46,3 +49,7 @@ def write_model(
     for name in _COPIED:
         if (base_folder / name).is_file():
             shutil.copyfile(base_folder / name, folder / name)
+
+
+def _in_bfloat16(tensor: Tensor) -> Tensor:
+    return dithered(tensor) if tensor.dtype == torch.float32 else tensor.to(torch.bfloat16).contiguous()
