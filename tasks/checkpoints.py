@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 
-from cookbook.checkpoints import CheckpointKind, next_checkpoint_name, resolve_resume, save_checkpoint
+from cookbook.checkpoints import CheckpointKind, last_commit, next_checkpoint_name, resolve_resume, save_checkpoint
 from cookbook.client import ReconnectableClient
 from cookbook.data.sft import SFTData
 from cookbook.run import Progress
@@ -50,12 +50,16 @@ def restore(run: Run, data: SFTData) -> Progress:
 def dcp_save(run: Run, progress: Progress, kind: str = "state") -> str:
     """Save weights and optimizer, then append the commit row with `progress`; return the checkpoint's name.
 
-    A retry saves under the next name: a save never overwrites. Kind "both" adds a sampler snapshot to promote.
+    A retry saves under the next name: a save never overwrites. Kind "both" adds a sampler snapshot to promote. A step
+    that is committed already is not saved again: so a run that died after its last save promotes what it has.
 
     Raises:
         RequestRejected: the trainer could not save (disk full, for one). The commits so far stand.
         TrainerLost: the trainer is gone or did not answer in time.
     """
+    commit = last_commit(run.directory.path)
+    if commit is not None and commit.step == progress.step and (kind == "state" or commit.sampler_path is not None):
+        return commit.name
     name = next_checkpoint_name(run.directory.path, f"step-{progress.step}", taken=run.client.list_checkpoints())
     save_checkpoint(
         run.client,

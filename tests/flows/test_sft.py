@@ -5,7 +5,7 @@ import resource
 import signal
 from pathlib import Path
 
-from tests.flows.helpers import BATCH_SIZE, NUM_ROWS, finish, losses, metrics, start, wait_for
+from tests.flows.helpers import BATCH_SIZE, NUM_ROWS, finish, losses, metrics, sft_parameters, start, wait_for
 
 STEPS_PER_EPOCH = NUM_ROWS // BATCH_SIZE
 
@@ -46,6 +46,15 @@ def test_a_run_killed_between_two_saves_in_epoch_2_resumes_to_the_same_losses(un
     assert losses(killed) == losses(parameters)
     assert all(seen[step] == losses(parameters)[step] for step in seen)
     assert [row["step"] for row in metrics(killed) if "train/loss" in row] == list(range(1, 4 * STEPS_PER_EPOCH + 1))
+
+
+def test_a_run_that_died_after_its_last_save_promotes_that_save(environment, tiny_model, rows_file, tmp_path):
+    parameters = sft_parameters(tmp_path / "run", tiny_model, rows_file, output_model_id="late-{run_id}", lora_rank=4)
+    first = finish(start(parameters, environment))
+    (tmp_path / "run" / "summary.json").unlink()  # as if it had been killed just before the end
+    second = finish(start(parameters, environment))
+    assert (second["checkpoint"], second["model"]) == (first["checkpoint"], first["model"])
+    assert second["resumed_from_step"] == first["steps"]
 
 
 def test_a_disk_that_fills_up_ends_the_run_and_loses_no_commit(undisturbed, environment, backend_home, tmp_path):
