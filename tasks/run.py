@@ -109,7 +109,7 @@ class Run:
         shape = self.config.infra.training_shape_id
         if shape is None:
             return None
-        return self.control.shape(shape).max_supported_context_length
+        return int(self.control.shape(shape).max_supported_context_length)
 
     def accelerators(self) -> dict[str, int] | None:
         """Type -> number of the trainer's accelerators, as the training shape says; None on a manual launch."""
@@ -124,7 +124,7 @@ class Run:
         self.tracker.start(progress, self.accelerators())
         self.artifact.show(progress.step, progress.total_steps)
 
-    def log_step(self, progress: Progress, metrics: Mapping[str, float], *, tokens: int, seconds: float) -> None:
+    def log_step(self, progress: Progress, metrics: Mapping[str, float | None], *, tokens: int, seconds: float) -> None:
         """Log one training step everywhere, and count it for the summary."""
         self.train_seconds += seconds
         self.train_tokens += tokens

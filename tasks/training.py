@@ -52,7 +52,7 @@ def train(run: Run, batch: Batch, progress: Progress) -> Progress:
         {
             "train/loss": result.loss_sum / (1.0 if normalized else batch.num_trained),
             "train/learning_rate": config.learning_rate_at(progress.step, progress.total_steps),
-            "train/grad_norm": result.metrics["grad_norm"],
+            "train/grad_norm": result.metrics.get("grad_norm"),  # not every trainer reports it
             "train/epoch": batch.epoch + 1,
             "train/rows": len(batch.rows),
             "train/trained_tokens": batch.num_trained,

@@ -110,3 +110,24 @@ def test_a_flow_run_that_was_killed_resumes_by_prefects_retry(worker, undisturbe
     assert flow_run(worker, run_id)["run_count"] == 2
     assert losses(parameters) == losses(undisturbed[0])
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["resumed_from_step"] in (4, 6)
+
+
+def test_a_schedule_makes_runs(worker, tiny_model, rows_file, tmp_path):
+    """A server with newer libraries than the pinned ones takes a schedule, and silently makes no runs."""
+    api = worker["PREFECT_API_URL"]
+    deployment = httpx.get(f"{api}/deployments/name/sft/sft", timeout=30).raise_for_status().json()["id"]
+    parameters = {"config": sft_parameters(tmp_path / "run", tiny_model, rows_file)}
+    schedule = {"schedule": {"interval": 24 * 3600}, "active": True, "parameters": parameters, "slug": "daily"}
+    made = (
+        httpx.post(f"{api}/deployments/{deployment}/schedules", json=[schedule], timeout=30).raise_for_status().json()
+    )
+    query = {"deployments": {"id": {"any_": [deployment]}}, "flow_runs": {"state": {"type": {"any_": ["SCHEDULED"]}}}}
+
+    def scheduled():
+        return httpx.post(f"{api}/flow_runs/filter", json=query, timeout=30).raise_for_status().json()
+
+    try:
+        wait_for(lambda: len(scheduled()) >= 3, timeout_s=60)
+        assert all(run["parameters"] == parameters for run in scheduled())
+    finally:
+        httpx.delete(f"{api}/deployments/{deployment}/schedules/{made[0]['id']}", timeout=30).raise_for_status()
