@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-
 from cookbook.checkpoints import CheckpointKind, last_commit, next_checkpoint_name, resolve_resume, save_checkpoint
 from cookbook.client import ReconnectableClient
 from cookbook.data.sft import SFTData
@@ -12,8 +10,6 @@ from tasks.record import recorded
 from tasks.run import Run
 
 __all__ = ["dcp_save", "restore"]
-
-logger = logging.getLogger(__name__)
 
 
 @recorded(deadline=lambda config: config.weight_sync.dcp_timeout + config.infra.trainer_timeout_s, retried=False)
@@ -38,7 +34,7 @@ def restore(run: Run, data: SFTData) -> Progress:
     run.resumed = resolve_resume(run.client, str(run.directory.path), config.init_from_checkpoint)
     if run.resumed is not None and run.resumed.loop_state:
         progress = Progress.from_loop_state(run.resumed.loop_state)
-        logger.info("resumed from %s: step %d of %d", run.resumed.name, progress.step, progress.total_steps)
+        run.say(f"resumed from checkpoint {run.resumed.name}: step {progress.step:,} of {progress.total_steps:,}")
     else:
         progress = Progress(0, 0, 0, 0, permutation_seed=config.seed, total_steps=data.plan.total_steps)
         run.resumed = None

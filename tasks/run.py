@@ -13,6 +13,7 @@ from pathlib import Path
 
 from prefect.artifacts import create_markdown_artifact
 from prefect.blocks.system import Secret
+from prefect.logging import get_run_logger
 from prefect.runtime import flow_run
 
 from cookbook.checkpoints import ResumeInfo, last_commit
@@ -131,18 +132,18 @@ class Run:
         self.last_loss = metrics[LOSS]
         self.tracker.log_step(progress.step, metrics)
         if text := self.artifact.show(progress.step, progress.total_steps, step_text(metrics)):
-            logger.info(text, extra=SHOWN)
+            get_run_logger().info(text, extra=SHOWN)
 
     def say(self, text: str) -> None:
         """One piece of news, for the terminal and for the log of the run's page."""
         self.tracker.event(text)
-        logger.info(text, extra=SHOWN)
+        get_run_logger().info(text, extra=SHOWN)
 
     def log_evaluation(self, progress: Progress, values: Mapping[str, float]) -> None:
         """Log held-out numbers of the weights at `progress`."""
         metrics = {f"{EVALUATION_GROUP}{name}": value for name, value in values.items()}
         self.tracker.log_step(progress.step, metrics)
-        logger.info("step %d: %s", progress.step, numbers_text(metrics), extra=SHOWN)
+        get_run_logger().info("step %d: %s", progress.step, numbers_text(metrics), extra=SHOWN)
 
     def evaluations(self) -> dict[int, dict[str, float]]:
         """Step -> held-out numbers, of all starts of this run up to where it stands; from metrics.jsonl."""

@@ -54,6 +54,9 @@ def test_a_worker_runs_the_flow_from_submitted_parameters(worker, tiny_model, ro
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["status"] == "completed"
     assert summary["steps"] == 2 * 3
+    query = {"sort": "TIMESTAMP_DESC", "limit": 50}
+    logs = httpx.post(f"{worker['PREFECT_API_URL']}/logs/filter", json=query, timeout=30).raise_for_status().json()
+    assert any(log["message"].startswith("step 6 of 6, loss ") for log in logs), "the run's page shows no losses"
 
 
 def test_a_bad_config_is_refused_before_a_run_exists(worker, tmp_path):
