@@ -9,8 +9,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import cached_property
 from pathlib import Path
 
+from fireworks.training.sdk import TrainingShapeProfile
 from prefect.artifacts import create_markdown_artifact
 from prefect.blocks.system import Secret
 from prefect.logging import get_run_logger
@@ -107,18 +109,18 @@ class Run:
 
     def shape_context(self) -> int | None:
         """Context length of the training shape in tokens; None on a manual launch. Reads, provisions nothing."""
-        shape = self.config.infra.training_shape_id
-        if shape is None:
-            return None
-        return int(self.control.shape(shape).max_supported_context_length)
+        return None if self._shape is None else int(self._shape.max_supported_context_length)
 
     def accelerators(self) -> dict[str, int] | None:
         """Type -> number of the trainer's accelerators, as the training shape says; None on a manual launch."""
-        shape = self.config.infra.training_shape_id
-        if shape is None:
-            return None
-        profile = self.control.shape(shape)
-        return {profile.accelerator_type: profile.accelerator_count * profile.node_count}
+        shape = self._shape
+        return None if shape is None else {shape.accelerator_type: shape.accelerator_count * shape.node_count}
+
+    @cached_property
+    def _shape(self) -> TrainingShapeProfile | None:
+        """The training shape, looked up once; None on a manual launch."""
+        name = self.config.infra.training_shape_id
+        return None if name is None else self.control.shape(name)
 
     def start(self, progress: Progress) -> None:
         """Training begins at `progress`: cut what is tracked to it."""

@@ -26,12 +26,6 @@ class SFTData:
     plan: EpochPlan
     report: PreflightReport = field(repr=False)
 
-    @property
-    def longest_row(self) -> int:
-        """Tokens of the longest row that is trained or evaluated; the trainer's context must hold it."""
-        datasets = [self.train] + ([self.held_out] if self.held_out is not None else [])
-        return max(int(dataset.lengths[dataset.kept].max()) for dataset in datasets)
-
     def batches(self, start: Position) -> Iterator[Batch]:
         """Batches from `start` to the end of the last epoch."""
         return self.train.batches(self.plan, start)
