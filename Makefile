@@ -8,13 +8,11 @@ PEER_VENV := .venv-bench
 PEERS := $(PEER_VENV)/.installed
 SLOW_TESTS := tests/wire tests/flows tests/faults
 
-RUN ?= runs/sft-quickstart
-
 .DEFAULT_GOAL := help
-.PHONY: help install run test check format docs bench clean
+.PHONY: help install run run-sft test check format docs bench clean
 
 help: ## List the commands
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 install: $(INSTALLED) ## Make .venv with everything in it; nothing happens when it is up to date
 
@@ -27,7 +25,14 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(IN_VENV) -m pip install --quiet -c constraints.txt -e ".[dev]"
 	@touch $@
 
-run: $(INSTALLED) ## Fine-tune a small real model on this machine and show what it learned; RUN=DIR for another run
+run: RUN ?= runs/rl-quickstart
+run: $(INSTALLED) ## Train a small real model with GRPO on this machine and show what it learned; RUN=DIR for another run
+	$(VENV)/bin/cookbook models pull smollm2-135m-instruct
+	$(VENV)/bin/cookbook data example runs/data
+	$(VENV)/bin/cookbook run rl --config presets/rl-quickstart.yaml --log-path $(RUN)
+
+run-sft: RUN ?= runs/sft-quickstart
+run-sft: $(INSTALLED) ## The same with supervised fine-tuning
 	$(VENV)/bin/cookbook models pull smollm2-135m-instruct
 	$(VENV)/bin/cookbook data example runs/data
 	$(VENV)/bin/cookbook run sft --config presets/sft-quickstart.yaml --log-path $(RUN)
@@ -50,7 +55,8 @@ docs: $(INSTALLED) ## Make docs/config.md from the config classes
 
 bench: $(INSTALLED) $(PEERS) ## Measure this project against its peers, in turn on the same rows
 	$(VENV)/bin/cookbook models pull smollm2-135m-instruct
-	$(IN_VENV) -m benchmarks.sft --peer-python $(PEER_VENV)/bin/python
+	for part in sft sample grpo; do \
+		$(IN_VENV) -m benchmarks.$$part --peer-python $(PEER_VENV)/bin/python || exit 1; done
 
 # The peers have an environment of their own: their dependencies are not ours.
 $(PEERS): benchmarks/requirements.txt

@@ -66,6 +66,8 @@ class ReconnectableClient:
         seed: int | None = None,
         *,
         user_metadata: Mapping[str, str] | None = None,
+        base_only: bool = False,
+        base_url: str | None = None,
         default_timeout_s: float = 600.0,
         state_timeout_s: float = 2700.0,
     ) -> None:
@@ -78,6 +80,8 @@ class ReconnectableClient:
             lora_rank: 0 = full parameter.
             seed: of the adapter's initialization; None = the trainer's choice.
             user_metadata: sent with the session; a run passes `RunDirectory.user_metadata()`.
+            base_only: the base model without an adapter, for `forward` only; also on a trainer that trains adapters.
+            base_url: where the trainer answers; None = where the manager says.
             default_timeout_s: seconds for any call without a deadline of its own.
             state_timeout_s: seconds for saving and loading state.
 
@@ -92,9 +96,12 @@ class ReconnectableClient:
         self._manager = manager
         self._seed = seed
         self._user_metadata = None if user_metadata is None else dict(user_metadata)
+        self._base_only = base_only
+        self._base_url = base_url
         self._default_timeout_s = default_timeout_s
         self._state_timeout_s = state_timeout_s
         self._session = TrainingSession()
+        self._num_sessions = 0
         self._lost: str | None = None
         self._touched = False
         self._needs_restore = False
@@ -107,6 +114,11 @@ class ReconnectableClient:
     def step(self) -> int:
         """Optimizer steps in the model's weights: those of the checkpoint it was loaded from, and those done since."""
         return self._step
+
+    @property
+    def num_sessions(self) -> int:
+        """Sessions opened so far. Each has a model of its own, and its own names for sampler snapshots."""
+        return self._num_sessions
 
     @property
     def needs_restore(self) -> bool:
@@ -311,7 +323,8 @@ class ReconnectableClient:
             raise self._rejection("train_step", rejected.cause) from None
         self._step += 1
         metrics = {**output.metrics, **(answer.metrics or {})}
-        return StepResult(self._step, loss_sum(output, data), metrics, time.monotonic() - started)
+        seconds = time.monotonic() - started
+        return StepResult(self._step, loss_sum(output, data), metrics, seconds, output.loss_fn_outputs)
 
     # -- state and snapshots -------------------------------------------------------------------------------------------
 
@@ -405,6 +418,7 @@ class ReconnectableClient:
     def _connect(self) -> None:
         session = TrainingSession()
         self._session, self._lost, self._touched = session, None, False
+        self._num_sessions += 1
 
         def work() -> None:
             session.open(
@@ -414,6 +428,8 @@ class ReconnectableClient:
                 lora_rank=self.lora_rank,
                 seed=self._seed,
                 user_metadata=self._user_metadata,
+                base_only=self._base_only,
+                base_url=self._base_url,
             )
 
         self._wait("connecting", work, self._default_timeout_s)

@@ -21,19 +21,28 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 from cookbook.errors import ConfigError, Problem
 
 __all__ = [
+    "ADVANTAGES",
+    "POLICY_LOSSES",
     "RECIPE_CONFIGS",
     "TRAIN_ON_WHAT",
     "AdamConfig",
+    "CISPOConfig",
     "ConcurrencyConfig",
+    "DAPOConfig",
+    "DROConfig",
     "DeployConfig",
     "Environment",
     "EvalConfig",
+    "GSPOConfig",
     "InfraConfig",
+    "RLConfig",
+    "RLEvalConfig",
     "RecipeConfig",
     "RetryConfig",
     "RunnerConfig",
     "SFTConfig",
     "ScheduledConfig",
+    "TISConfig",
     "WandBConfig",
     "WeightSyncConfig",
     "bypass_proxies",
@@ -465,7 +474,215 @@ class SFTConfig(ScheduledConfig):
         )
 
 
-RECIPE_CONFIGS: Mapping[str, type[RecipeConfig]] = {"sft": SFTConfig}
+POLICY_LOSSES = ("grpo", "importance_sampling", "dapo", "dro", "gspo", "reinforce", "cispo")
+ADVANTAGES = ("group_std", "group_mean", "leave_one_out")
+_RATIO_LOG_CAP = "Bound of the log ratio, on both sides, before it is exponentiated."
+
+
+class TISConfig(Config):
+    """Truncated importance sampling: the weight w = min(exp(old - sampled), cap) for what sampler and trainer differ in."""
+
+    cap: float = Field(5.0, gt=0, description="Largest weight. Smaller differences pass unchanged.")
+    level: Annotated[str, AfterValidator(_Choice(("token", "sequence")))] = _choice(
+        "token",
+        "token = one weight a token; sequence = the geometric mean over the sampled tokens of a completion.",
+        "token",
+        "sequence",
+    )
+
+
+class DAPOConfig(Config):
+    """DAPO (Yu et al. 2025, arXiv:2503.14476)."""
+
+    eps_clip: float = Field(0.2, ge=0, lt=1, description="Ratios below 1 - eps_clip are clipped.")
+    eps_clip_high: float = Field(0.28, ge=0, description="Ratios above 1 + eps_clip_high are clipped.")
+    eps_clip_c: float | None = Field(None, gt=1, description="Dual clip for negative advantages. None = off.")
+    ratio_log_cap: float = Field(20.0, gt=0, le=80, description=_RATIO_LOG_CAP)
+
+
+class GSPOConfig(Config):
+    """GSPO (Zheng et al. 2025, arXiv:2507.18071)."""
+
+    clip_ratio_low: float = Field(
+        0.2, ge=0, lt=1, description="Sequence ratios below 1 - this are clipped. The paper uses 3e-4."
+    )
+    clip_ratio_high: float = Field(
+        0.2, ge=0, description="Sequence ratios above 1 + this are clipped. The paper uses 4e-4."
+    )
+    seq_ratio_log_cap: float = Field(10.0, gt=0, le=80, description="Upper bound of the sequence's log ratio.")
+
+
+class CISPOConfig(Config):
+    """CISPO (MiniMax-M1 2025, arXiv:2506.13585)."""
+
+    eps_low: float = Field(0.2, ge=0, le=1, description="Ratios are raised to at least 1 - eps_low.")
+    eps_high: float = Field(0.28, ge=0, description="Ratios are lowered to at most 1 + eps_high.")
+    ratio_log_cap: float = Field(20.0, gt=0, le=80, description=_RATIO_LOG_CAP)
+
+
+class DROConfig(Config):
+    """DRO (Richemond et al. 2024, arXiv:2405.19107)."""
+
+    beta: float = Field(0.05, ge=0, description="Weight of the squared log ratio.")
+
+
+class RLEvalConfig(Config):
+    """Held-out evaluation: the mean reward of greedy answers, before and after training and every `interval` steps."""
+
+    dataset: str | None = Field(
+        None, description="JSONL file with held-out rows, or reasoning_gym:NAME?option=value. None = no evaluation."
+    )
+    interval: int = Field(
+        0, ge=0, description="Also evaluate every N optimizer steps. 0 = only before and after training."
+    )
+    max_rows: int | None = Field(None, ge=1, description="Use only the first N rows. None = all.")
+    max_completion_tokens: int | None = Field(
+        None, ge=1, description="Longest answer in tokens. None = max_completion_tokens of the run."
+    )
+    num_samples: int = Field(5, ge=0, description="Answers that the report shows side by side, before and after.")
+    timeout_s: int = Field(1800, gt=0, description="Seconds for one evaluation.")
+
+
+class RLConfig(RecipeConfig):
+    """Reinforcement learning on prompts with a reward: `{"messages": [...], "ground_truth": ...}`."""
+
+    recipe: ClassVar[str] = "rl"
+
+    dataset: str = Field(
+        min_length=1,
+        description="JSONL file with the rows, or a procedural task, reasoning_gym:NAME?option=value.",
+    )
+    reward: str = Field(
+        min_length=1,
+        description="What a completion is worth: a ready reward (exact, numeric, math, countdown, format:REGEX, reasoning_gym:NAME?option=value) or your own as module:function.",
+    )
+    reward_timeout_s: float = Field(30.0, gt=0, description="Seconds for the reward of one completion.")
+    prompt_groups_per_step: int = Field(1, ge=1, le=4096, description="Accepted prompt groups in one optimizer step.")
+    completions_per_prompt: int = Field(4, ge=1, le=1024, description="Completions in a prompt group.")
+    max_rows: int | None = Field(100, ge=1, description="Use only the first N rows. None = all.")
+    max_completion_tokens: int = Field(1024, ge=1, description="Longest completion in tokens, over all its turns.")
+    temperature: float = Field(1.0, gt=0, le=10, description="Sampling temperature.")
+    stop: list[str] | None = Field(None, description="Texts that end a completion, beside the model's own end.")
+    policy_loss: Annotated[str, AfterValidator(_Choice(POLICY_LOSSES))] = _choice(
+        "grpo", "Loss of the policy.", *POLICY_LOSSES
+    )
+    advantage: Annotated[str, AfterValidator(_Choice(ADVANTAGES))] = _choice(
+        "group_std",
+        "group_std = (R - mean) / std of the group; group_mean = R - mean (Dr.GRPO); leave_one_out = R - mean of the others (RLOO).",
+        *ADVANTAGES,
+    )
+    kl_beta: float = Field(
+        0.001,
+        ge=0,
+        description="Weight of the KL term to the reference: the base under the adapter (LoRA), or a trainer on infra.ref_training_shape_id. Without a reference there is none.",
+    )
+    kl_estimator: Annotated[str, AfterValidator(_Choice(("k3", "k2")))] = _choice(
+        "k3", "Estimator of the KL term; k2 has the gradient of the reverse KL.", "k3", "k2"
+    )
+    eps_clip: float = Field(0.2, ge=0, lt=1, description="grpo: ratios below 1 - eps_clip are clipped.")
+    eps_clip_high: float | None = Field(
+        None, ge=0, description="grpo: ratios above 1 + eps_clip_high are clipped. None = eps_clip."
+    )
+    ratio_log_cap: float = Field(20.0, gt=0, le=80, description=_RATIO_LOG_CAP)
+    anchor_logp: Annotated[str, AfterValidator(_Choice(("auto", "rollout", "old_policy")))] = _choice(
+        "auto",
+        "Where the ratio is 1: rollout = the sampler's logprobs; old_policy = a forward pass of the trainer; auto = rollout where one update follows one weight sync.",
+        "auto",
+        "rollout",
+        "old_policy",
+    )
+    tis: TISConfig = Field(default_factory=TISConfig, description="Truncated importance sampling.")
+    dapo: DAPOConfig = Field(default_factory=DAPOConfig, description="Of policy_loss dapo.")
+    gspo: GSPOConfig = Field(default_factory=GSPOConfig, description="Of policy_loss gspo.")
+    cispo: CISPOConfig = Field(default_factory=CISPOConfig, description="Of policy_loss cispo.")
+    dro: DROConfig = Field(default_factory=DROConfig, description="Of policy_loss dro.")
+    router_replay: bool = Field(
+        False, description="Replay the routing of mixtures of experts. Not available: must stay false."
+    )
+    environment: str | None = Field(
+        None,
+        description="Multi-turn rollouts: an environment as module:function, or calculator. None = one turn.",
+    )
+    max_turns: int = Field(4, ge=1, le=1000, description="Most turns of a multi-turn rollout.")
+    group_filter: str | None = Field(
+        None,
+        description="Which groups are trained, as module:function. None = those whose rewards are not all equal.",
+    )
+    trajectory_dir: str | None = Field(None, description="Folder for one JSONL file of rollouts a step. None = none.")
+    policy_job_id: str | None = Field(
+        None, description="Trainer job to adopt as the policy; it is never stopped or deleted. None = provision one."
+    )
+    policy_base_url: str | None = Field(None, description="URL of the adopted policy trainer. None = by its job id.")
+    reference_job_id: str | None = Field(None, description="Trainer job to adopt as the reference.")
+    reference_base_url: str | None = Field(
+        None, description="URL of the adopted reference trainer. None = by its job id."
+    )
+    logprob_check_limit: float = Field(
+        1.0,
+        gt=0,
+        description="The run stops when sampler and trainer differ by more than this many nats in 1% of the tokens.",
+    )
+    grad_accumulation_normalization: Annotated[
+        str | None, AfterValidator(_Choice(GRAD_ACCUMULATION_NORMALIZATIONS))
+    ] = _choice(
+        "num_loss_tokens",
+        "What the trainer divides the accumulated gradient by. None = nothing: the loss is a plain sum.",
+        *GRAD_ACCUMULATION_NORMALIZATIONS,
+    )
+    concurrency: ConcurrencyConfig = Field(
+        default_factory=ConcurrencyConfig, description="Sampling requests in flight."
+    )
+    deployment: DeployConfig = Field(default_factory=DeployConfig, description="Deployment that samples.")
+    evaluation: RLEvalConfig = Field(default_factory=RLEvalConfig, description="Held-out evaluation.")
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether there is a model to take the KL term against."""
+        return self.lora_rank > 0 or self.infra.ref_training_shape_id is not None or self.reference_job_id is not None
+
+    @property
+    def active_kl_beta(self) -> float:
+        """`kl_beta` where there is a reference, else 0."""
+        return self.kl_beta if self.has_reference else 0.0
+
+    @property
+    def tokenizer(self) -> str:
+        """Model name or folder of the tokenizer."""
+        return self.deployment.tokenizer_model or self.tokenizer_model or self.base_model
+
+    def rule_problems(self) -> list[Problem]:
+        """As for all recipes, and: groups of two, a KL term with a reference, what is not available."""
+        problems = super().rule_problems()
+
+        def add(where: str, what: str, remedy: str) -> None:
+            problems.append(Problem(where, what, remedy))
+
+        if self.completions_per_prompt < 2:
+            what = f"must be at least 2, got {self.completions_per_prompt}: a group of one has advantage 0."
+            add("completions_per_prompt", what, "Set it to 2 or more.")
+        if self.kl_beta > 0 and "kl_beta" in self.model_fields_set and not self.has_reference:
+            what = (
+                f"is {self.kl_beta}, but there is no reference: lora_rank is 0 and infra.ref_training_shape_id is None."
+            )
+            add("kl_beta", what, "Set infra.ref_training_shape_id, train a LoRA adapter, or set kl_beta to 0.")
+        if self.router_replay:
+            add("router_replay", "is true, but this is not available.", "Remove it.")
+        for role in ("policy", "reference"):
+            url, job = getattr(self, f"{role}_base_url"), getattr(self, f"{role}_job_id")
+            if url is not None and job is None:
+                add(f"{role}_base_url", f"is set, but {role}_job_id is None.", f"Set {role}_job_id too.")
+        if self.backend == "fireworks":
+            if self.deployment.tokenizer_model is None and self.tokenizer_model is None:
+                what = "is None: rows are tokenized on this machine, and base_model is a resource of the backend."
+                add("deployment.tokenizer_model", what, "Set it to a Hugging Face model name or folder.")
+            shape, accelerator = self.deployment.deployment_shape, self.deployment.deployment_accelerator_type
+            if not any((shape, accelerator, self.deployment.deployment_id, self.infra.training_shape_id)):
+                what = "neither deployment_shape nor deployment_accelerator_type is set, with backend 'fireworks'."
+                add("deployment", what, "Set deployment.deployment_shape.")
+        return problems
+
+
+RECIPE_CONFIGS: Mapping[str, type[RecipeConfig]] = {"sft": SFTConfig, "rl": RLConfig}
 
 
 @dataclass(frozen=True)

@@ -12,18 +12,20 @@ from types import TracebackType
 from typing import Any, Self, TypeAlias, TypeVar
 
 import httpx
-from fireworks.training.sdk import TrainerJobManager, TrainingShapeProfile
+from fireworks.training.sdk import DeploymentManager, TrainerJobManager, TrainingShapeProfile
 
 from cookbook import embedded
 from cookbook.config import Environment, bypass_proxies
 from cookbook.deadlines import Deadline, call_with_deadline
 from cookbook.errors import ConfigError, Problem, ProvisioningError
 
-__all__ = ["ControlPlane", "Job", "connect"]
+__all__ = ["ControlPlane", "Deployment", "Job", "connect", "problem_of"]
 
 T = TypeVar("T")
 Job: TypeAlias = dict[str, Any]
 """A trainer job as the API describes it: `name`, `state` ("JOB_STATE_..."), `statusMessage`, `trainingConfig`, ..."""
+Deployment: TypeAlias = dict[str, Any]
+"""A deployment as the API describes it: `name`, `state` ("READY", ...), `baseModel`, `hotLoadTrainerJob`, ..."""
 
 CALL_TIMEOUT_S = 60.0
 
@@ -32,6 +34,7 @@ _REFUSALS = (400, 404, 409, 410)
 _FIRST_PAUSE_S = 0.2
 _LONGEST_PAUSE_S = 5.0
 _HEALTH_TIMEOUT_S = 5.0
+_PROBE_TIMEOUT_S = 10.0
 
 
 def connect(backend: str, env: Environment, api_key: str | None = None) -> ControlPlane:
@@ -68,7 +71,7 @@ def connect(backend: str, env: Environment, api_key: str | None = None) -> Contr
 class ControlPlane:
     """A backend's control plane. The key shows in no repr and in no error.
 
-    `jobs` is the SDK's manager, for whatever it can do; its own calls may block for minutes.
+    `jobs` and `deployments` are the SDK's managers, for whatever they can do; their own calls may block for minutes.
     """
 
     def __init__(self, backend: str, base_url: str, api_key: str, models_dir: Path) -> None:
@@ -76,6 +79,7 @@ class ControlPlane:
         self.base_url = base_url
         self.models_dir = models_dir
         self.jobs = TrainerJobManager(api_key=api_key, base_url=base_url)
+        self.deployments = DeploymentManager(api_key=api_key, base_url=base_url)
         self._api_key = api_key
         headers = {"X-Api-Key": api_key, "Authorization": f"Bearer {api_key}"}
         self._http = httpx.Client(headers=headers, trust_env=backend != "embedded")
@@ -95,6 +99,7 @@ class ControlPlane:
         """Close the connections."""
         self._http.close()
         self.jobs.close()
+        self.deployments.close()
 
     def job(self, job_id: str, timeout_s: float = CALL_TIMEOUT_S) -> Job | None:
         """A trainer job as the API describes it, or None when there is none of that id."""
@@ -103,17 +108,7 @@ class ControlPlane:
 
     def list_jobs(self, timeout_s: float = CALL_TIMEOUT_S) -> list[Job]:
         """All trainer jobs of the account."""
-        deadline = Deadline(timeout_s)
-        jobs: list[Job] = []
-        token = ""
-        while True:
-            query = {"pageSize": "200"} | ({"pageToken": token} if token else {})
-            path = f"{self._account_path(deadline)}/rlorTrainerJobs"
-            page = self._request("GET", path, deadline, params=query) or {}
-            jobs += page.get("rlorTrainerJobs", [])
-            token = page.get("nextPageToken", "")
-            if not token:
-                return jobs
+        return self._list("rlorTrainerJobs", timeout_s)
 
     def resume(self, job_id: str, timeout_s: float = CALL_TIMEOUT_S) -> Job | None:
         """Start a stopped trainer job again. None when the backend refuses: the job is gone, or cannot be resumed."""
@@ -141,6 +136,35 @@ class ControlPlane:
         except httpx.HTTPError:
             return False
 
+    def deployment(self, deployment_id: str, timeout_s: float = CALL_TIMEOUT_S) -> Deployment | None:
+        """A deployment as the API describes it, or None when there is none of that id."""
+        deadline = Deadline(timeout_s)
+        path = f"{self._account_path(deadline)}/deployments/{deployment_id}"
+        return self._request("GET", path, deadline, refusals=(404,))
+
+    def list_deployments(self, timeout_s: float = CALL_TIMEOUT_S) -> list[Deployment]:
+        """All deployments of the account."""
+        return self._list("deployments", timeout_s)
+
+    def delete_deployment(self, deployment_id: str, timeout_s: float = CALL_TIMEOUT_S) -> None:
+        """Delete a deployment. Nothing happens when there is none."""
+        deadline = Deadline(timeout_s)
+        path = f"{self._account_path(deadline)}/deployments/{deployment_id}"
+        self._request("DELETE", path, deadline, params={"ignoreChecks": "true", "hard": "true"}, refusals=(404,))
+
+    def is_serving(self, model: str) -> bool:
+        """Whether a deployment, by its name as a model, completes a prompt of two tokens."""
+        body = {"model": model, "prompt": [1, 2], "max_tokens": 1, "temperature": 0.0}
+        url = f"{self.deployments.inference_url}/inference/v1/completions"
+        try:
+            return self._http.post(url, json=body, timeout=_PROBE_TIMEOUT_S).status_code == 200
+        except httpx.HTTPError:
+            return False
+
+    def deployment_manager(self) -> DeploymentManager:
+        """Another manager of the SDK. Closing it ends whatever a call that was given up still does with it."""
+        return DeploymentManager(api_key=self._api_key, base_url=self.base_url)
+
     def account_id(self, timeout_s: float = CALL_TIMEOUT_S) -> str:
         """The account that the key belongs to."""
         return self.call("looking up the account", lambda: str(self.jobs.account_id), timeout_s)
@@ -165,8 +189,20 @@ class ControlPlane:
         except TimeoutError:
             problem = f"no answer within {timeout_s:.0f} s"
         except Exception as error:
-            problem = f"{error}" or type(error).__name__
+            problem = problem_of(error)
         raise self._error(what, problem)
+
+    def _list(self, collection: str, timeout_s: float) -> list[dict[str, Any]]:
+        deadline = Deadline(timeout_s)
+        found: list[dict[str, Any]] = []
+        token = ""
+        while True:
+            query = {"pageSize": "200"} | ({"pageToken": token} if token else {})
+            page = self._request("GET", f"{self._account_path(deadline)}/{collection}", deadline, params=query) or {}
+            found += page.get(collection, [])
+            token = page.get("nextPageToken", "")
+            if not token:
+                return found
 
     def _post_to_job(self, job_id: str, verb: str, timeout_s: float, refusals: tuple[int, ...]) -> Job | None:
         deadline = Deadline(timeout_s)
@@ -202,9 +238,7 @@ class ControlPlane:
                     return dict(answer.json()) if answer.content else {}
                 if answer.status_code in refusals:
                     return None
-                request_id = answer.headers.get("x-request-id")
-                which = f", request {request_id}" if request_id else ""
-                problem = f"HTTP {answer.status_code}{which}: {_message(answer)}"
+                problem = _refusal(answer)
                 if answer.status_code not in _RETRIED_STATUS:
                     break
             if deadline.remaining() <= pause:
@@ -216,6 +250,19 @@ class ControlPlane:
     def _error(self, what: str, problem: str) -> ProvisioningError:
         where = "" if self.base_url in problem else f" ({self.base_url})"
         return ProvisioningError(f"{what} failed{where}: {problem}".replace(self._api_key, "[key]"))
+
+
+def problem_of(error: BaseException) -> str:
+    """An error of the SDK in one text, with the backend's own words where it has some. May hold the key."""
+    if isinstance(error, httpx.HTTPStatusError):
+        return f"{error.request.method} {error.request.url.path}: {_refusal(error.response)}"
+    return f"{error}" or type(error).__name__
+
+
+def _refusal(answer: httpx.Response) -> str:
+    request_id = answer.headers.get("x-request-id")
+    which = f", request {request_id}" if request_id else ""
+    return f"HTTP {answer.status_code}{which}: {_message(answer)}"
 
 
 def _message(answer: httpx.Response) -> str:

@@ -9,6 +9,10 @@ CookbookError
 |- ProvisioningError  (RuntimeError)  a trainer or deployment that cannot be had
 |- RequestRejected    (RuntimeError)  the trainer understood a request and refused it; the session stays usable
 |- TrainerLost        (RuntimeError)  the trainer's session is gone; weights must be restored before training goes on
+|- SamplingError      (RuntimeError)  a completion that cannot be had, or that lacks what training needs
+|- RewardError        (RuntimeError)  a reward that raised, hung, or is not a finite number
+|- WeightSyncError    (RuntimeError)  the deployment does not serve the weights that it should
+|- LogprobMismatch    (RuntimeError)  sampler and trainer disagree about the same weights
 |- CheckpointError    (RuntimeError)  a checkpoint or its record that is missing, damaged or cannot be written
 |- LeaseLost          (RuntimeError)  another process owns the run
 
@@ -29,12 +33,16 @@ __all__ = [
     "CookbookError",
     "DataError",
     "LeaseLost",
+    "LogprobMismatch",
     "ModelError",
     "Problem",
     "ProvisioningError",
     "RequestRejected",
+    "RewardError",
+    "SamplingError",
     "ShapeError",
     "TrainerLost",
+    "WeightSyncError",
 ]
 
 
@@ -93,6 +101,22 @@ class RequestRejected(CookbookError, RuntimeError):
 
 class TrainerLost(CookbookError, RuntimeError):
     """The trainer's session is gone or can no longer be trusted. Reconnect and restore weights before training."""
+
+
+class SamplingError(CookbookError, RuntimeError):
+    """A completion that cannot be had, or that lacks what training needs. No row is lost by it."""
+
+
+class RewardError(CookbookError, RuntimeError):
+    """A reward that raised, hung, or is not a finite number. The row stays to be sampled again."""
+
+
+class WeightSyncError(CookbookError, RuntimeError):
+    """The deployment does not serve the weights that it should, within the time it had."""
+
+
+class LogprobMismatch(CookbookError, RuntimeError):
+    """Sampler and trainer give the same tokens of the same weights different probabilities; training would be wrong."""
 
 
 class CheckpointError(CookbookError, RuntimeError):

@@ -36,12 +36,12 @@ class ResourceLedger:
     def __init__(self, run: RunDirectory) -> None:
         self._run = run
 
-    def intend(self, kind: str, role: str, generation: int, spec: str = "") -> ResourceRecord:
-        """Write down a resource that is about to be created; its id is `{run id}-{role}-g{generation}`."""
-        record = ResourceRecord(
-            f"{self._run.run_id}-{role}-g{generation}", kind, role, generation, state="intended", spec=spec
-        )
-        return self._append(record)
+    def intend(
+        self, kind: str, role: str, generation: int, spec: str = "", *, resource_id: str | None = None
+    ) -> ResourceRecord:
+        """Write down a resource that is about to be created; its id is `{run id}-{role}-g{generation}` if not given."""
+        name = resource_id or f"{self._run.run_id}-{role}-g{generation}"
+        return self._append(ResourceRecord(name, kind, role, generation, state="intended", spec=spec))
 
     def confirm(self, record: ResourceRecord) -> ResourceRecord:
         """Write down that a resource was created."""

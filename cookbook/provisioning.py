@@ -1,4 +1,4 @@
-"""The trainer of a run: found again by the id in the run's ledger, resumed, or made; and models out of checkpoints.
+"""The trainer of a run: found again by the id in the run's ledger, resumed, or made; adopted where the config names it.
 
 The ledger is written before anything is created, so what a killed process left behind is found by the next one.
 """
@@ -12,16 +12,16 @@ import logging
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from fireworks.training.sdk import TrainerJobConfig
 
-from cookbook.config import RecipeConfig
+from cookbook.config import RecipeConfig, RLConfig
 from cookbook.control_plane import ControlPlane, Job, connect
 from cookbook.deadlines import Deadline
 from cookbook.errors import ConfigError, Problem, ProvisioningError
 from cookbook.ledger import ResourceLedger, ResourceRecord
 from cookbook.models.folders import resolve_model
+from cookbook.promotion import PromotedModel, promote
 
 __all__ = [
     "ControlPlane",
@@ -29,6 +29,7 @@ __all__ = [
     "TrainerHandle",
     "connect",
     "promote",
+    "provision_reference",
     "provision_trainer",
     "release_trainer",
     "wire_model",
@@ -61,18 +62,11 @@ class TrainerHandle:
     max_context_length: int | None
     """Tokens a sequence may have; None = the backend does not say."""
     generation: int
-
-
-@dataclass(frozen=True)
-class PromotedModel:
-    """A model made out of a checkpoint."""
-
-    name: str
-    """Resource name, accounts/<account>/models/<id>."""
-    kind: str
-    """"HF_BASE_MODEL" (a whole model) or "HF_PEFT_ADDON" (a LoRA adapter)."""
-    folder: Path | None
-    """Where it lies, if that is on this machine."""
+    """0 for a trainer that was adopted."""
+    lora_rank: int = 0
+    """Rank of the adapters that the job trains; 0 = full parameter, or the backend does not say."""
+    adopted: bool = False
+    """It was not made for this run, which never stops or deletes it."""
 
 
 def wire_model(base_model: str, backend: str, models_dir: Path) -> str:
@@ -109,7 +103,8 @@ def provision_trainer(
     """Have a ready trainer for a run: the one it has, resumed if it stopped, else the next generation.
 
     One deadline holds over waiting for capacity and starting. Calling it again, also from another process after this
-    one was killed, finds the same trainer.
+    one was killed, finds the same trainer. A trainer that the config names (`policy_job_id`, `reference_job_id`) is
+    used as it is, resumed at most, and never in the ledger.
 
     Args:
         ledger: the run's resources.
@@ -124,8 +119,11 @@ def provision_trainer(
         LeaseLost: another process owns the run.
     """
     base_model = wire_model(config.base_model, control.backend, control.models_dir)
+    job_id, url = _named_by(config, role)
+    if job_id is not None:
+        return _adopt(control, config, role, job_id, url, base_model, deadline)
     request = _request(control, config, base_model, role, forward_only, deadline)
-    spec = _fingerprint(request, config)
+    spec = _fingerprint(request, config, role)
     record, job = ledger.current(role), None
     if record is not None and record.state != "freed":
         job = control.job(record.resource_id, _left(deadline))
@@ -138,28 +136,48 @@ def provision_trainer(
         named = dataclasses.replace(request, requested_job_id=record.resource_id, display_name=record.resource_id)
         control.call(f"creating trainer {record.resource_id}", lambda: control.jobs.create(named), _left(deadline))
     elif job["state"] in (*STOPPED, STOPPING):
-        before = _stopped(control, record, job, deadline)
+        before = _stopped(control, record.resource_id, job, deadline)
         logger.info("trainer %s is %s (%s): resuming it", record.resource_id, before["state"], _status_of(before))
         if control.resume(record.resource_id, _left(deadline)) is None:
             _discard(control, ledger, record, before, deadline)
             return provision_trainer(control, ledger, config, role=role, forward_only=forward_only, deadline=deadline)
     if record.state == "intended":
         record = ledger.confirm(record)
+    url = control.trainer_url(record.resource_id, _left(deadline))
     found = job is not None and before is None
-    trainer = _wait_until_ready(control, record, base_model, before, deadline, found=found)
-    if trainer is None:
+    ready = _wait_until_ready(control, record.resource_id, url, before, deadline, found=found)
+    if ready is None:
         return provision_trainer(control, ledger, config, role=role, forward_only=forward_only, deadline=deadline)
-    return trainer
+    return _handle(ready, record.resource_id, url, base_model, record.generation)
+
+
+def provision_reference(
+    control: ControlPlane, ledger: ResourceLedger, config: RLConfig, *, deadline: Deadline
+) -> TrainerHandle | None:
+    """Have the reference trainer of a run, as `provision_trainer` does; None where the run needs none of its own.
+
+    It needs one for a KL term against a reference that the config names, by its shape or by its job. The base model
+    under a LoRA adapter needs none: the policy's trainer serves it.
+
+    Raises:
+        ProvisioningError, ModelError, ConfigError, LeaseLost: as for `provision_trainer`.
+    """
+    is_named = config.reference_job_id is not None or config.infra.ref_training_shape_id is not None
+    if config.active_kl_beta == 0 or not is_named:
+        return None
+    return provision_trainer(control, ledger, config, role="reference", forward_only=True, deadline=deadline)
 
 
 def release_trainer(control: ControlPlane, ledger: ResourceLedger, trainer: TrainerHandle, *, delete: bool) -> None:
     """Give the hardware of a trainer back: deleted when the run is over, else cancelled, to be resumed. Its checkpoints
-    stay.
+    stay. Nothing is done to an adopted one.
 
     Raises:
         LeaseLost: another process owns the run, and may be using the trainer. Nothing was done.
         ProvisioningError: the backend did not do it.
     """
+    if trainer.adopted:
+        return
     ledger.check_lease()
     if not delete:
         control.cancel(trainer.job_id)
@@ -170,45 +188,6 @@ def release_trainer(control: ControlPlane, ledger: ResourceLedger, trainer: Trai
             ledger.freed(record)
 
 
-def promote(
-    control: ControlPlane,
-    *,
-    job_id: str,
-    snapshot_name: str,
-    output_model_id: str,
-    base_model: str,
-    timeout_s: float,
-) -> PromotedModel:
-    """Make a model out of a sampler snapshot. Doing it again with the same snapshot gives the same model.
-
-    Args:
-        job_id, snapshot_name: the trainer job (it may be gone) and the snapshot's full name: `source_job_id` and
-            `sampler_path` of a checkpoint row.
-        output_model_id: last part of the model's name.
-        base_model: by its name on the wire, what the snapshot was trained from.
-        timeout_s: seconds for all of it.
-
-    Raises:
-        ProvisioningError: no such snapshot, the id is taken by another model, or it is late.
-    """
-    deadline = Deadline(timeout_s)
-    account = control.account_id(timeout_s)
-    checkpoint = f"accounts/{account}/rlorTrainerJobs/{job_id}/checkpoints/{snapshot_name}"
-    model: dict[str, Any] = control.call(
-        f"promoting {snapshot_name} of trainer {job_id} to output_model_id {output_model_id!r}",
-        lambda: control.jobs.promote_checkpoint(
-            name=checkpoint, output_model_id=output_model_id, base_model=base_model
-        ),
-        deadline.remaining(),
-    )
-    folder = model.get("path")
-    return PromotedModel(
-        name=model.get("name") or f"accounts/{account}/models/{output_model_id}",
-        kind=str(model.get("kind", "")),
-        folder=Path(folder) if folder else None,
-    )
-
-
 def _request(
     control: ControlPlane, config: RecipeConfig, base_model: str, role: str, forward_only: bool, deadline: Deadline
 ) -> TrainerJobConfig:
@@ -216,14 +195,14 @@ def _request(
     infra = config.infra
     common = {
         "base_model": base_model,
-        "lora_rank": config.lora_rank,
+        "lora_rank": 0 if role == "reference" else config.lora_rank,
         "learning_rate": config.learning_rate,
         "forward_only": forward_only,
         "region": infra.region,
         "extra_args": infra.extra_args,
         "purpose": infra.purpose,
     }
-    shape = infra.ref_training_shape_id if role == "reference" else infra.training_shape_id
+    shape = _shape_of(config, role)
     if shape is None:
         return TrainerJobConfig(
             **common,
@@ -241,9 +220,13 @@ def _request(
     return TrainerJobConfig(**common, training_shape_ref=profile.training_shape_version)
 
 
-def _fingerprint(request: TrainerJobConfig, config: RecipeConfig) -> str:
+def _shape_of(config: RecipeConfig, role: str) -> str | None:
+    return config.infra.ref_training_shape_id if role == "reference" else config.infra.training_shape_id
+
+
+def _fingerprint(request: TrainerJobConfig, config: RecipeConfig, role: str = "policy") -> str:
     """What was asked for. The shape as the config names it: a new version of it does not make a trainer wrong."""
-    values = dataclasses.asdict(request) | {"training_shape_ref": config.infra.training_shape_id}
+    values = dataclasses.asdict(request) | {"training_shape_ref": _shape_of(config, role)}
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -266,11 +249,68 @@ def _discard(
     return ledger.freed(record)
 
 
-def _stopped(control: ControlPlane, record: ResourceRecord, job: Job, deadline: Deadline) -> Job:
+def _named_by(config: RecipeConfig, role: str) -> tuple[str | None, str | None]:
+    """Job id and URL of the trainer that the config wants adopted for a role."""
+    if not isinstance(config, RLConfig):
+        return None, None
+    if role == "reference":
+        return config.reference_job_id, config.reference_base_url
+    return config.policy_job_id, config.policy_base_url
+
+
+def _adopt(
+    control: ControlPlane,
+    config: RecipeConfig,
+    role: str,
+    job_id: str,
+    url: str | None,
+    base_model: str,
+    deadline: Deadline,
+) -> TrainerHandle:
+    """Use a trainer that is not this run's own. It is resumed if it has stopped, and left as it is otherwise."""
+    job = control.job(job_id, _left(deadline))
+    if job is None or job["state"] in DELETED:
+        state = "does not exist" if job is None else f"is {job['state']}: {_status_of(job)}"
+        raise ProvisioningError(f"{role}_job_id: trainer {job_id!r} {state}. Name another one, or leave it out.")
+    _check_adopted(config, role, job_id, job, base_model)
+    before = None
+    if job["state"] in (*STOPPED, STOPPING):
+        before = _stopped(control, job_id, job, deadline)
+        logger.info("adopted trainer %s is %s (%s): resuming it", job_id, before["state"], _status_of(before))
+        if control.resume(job_id, _left(deadline)) is None:
+            what = f"is {before['state']} ({_status_of(before)}) and cannot be resumed."
+            raise ProvisioningError(f"{role}_job_id: trainer {job_id!r} {what} Name another one, or leave it out.")
+    where = url or control.trainer_url(job_id, _left(deadline))
+    ready = _wait_until_ready(control, job_id, where, before, deadline, found=False)
+    assert ready is not None, "None is only for trainers that were found in the ledger"
+    return dataclasses.replace(_handle(ready, job_id, where, base_model, 0), adopted=True)
+
+
+def _check_adopted(config: RecipeConfig, role: str, job_id: str, job: Job, base_model: str) -> None:
+    """Refuse a trainer of another model, before anything is done to it."""
+    given = job.get("trainingConfig") or {}
+    problems = []
+    if given.get("baseModel", base_model) != base_model:
+        what = f"trainer {job_id!r} is of base model {given['baseModel']}, base_model is {base_model}."
+        problems.append(Problem(f"{role}_job_id", what, "Name a trainer of the same model."))
+    if role == "policy" and given.get("loraRank", config.lora_rank) != config.lora_rank:
+        what = f"trainer {job_id!r} has LoRA rank {given['loraRank']}, lora_rank is {config.lora_rank}."
+        problems.append(Problem(f"{role}_job_id", what, "Set lora_rank to the trainer's, or name another trainer."))
+    if problems:
+        raise ConfigError(problems)
+
+
+def _handle(job: Job, job_id: str, url: str, base_model: str, generation: int) -> TrainerHandle:
+    given = job.get("trainingConfig") or {}
+    length, lora_rank = given.get("maxContextLength"), given.get("loraRank") or 0
+    return TrainerHandle(job_id, job["name"], url, base_model, length, generation, lora_rank)
+
+
+def _stopped(control: ControlPlane, job_id: str, job: Job, deadline: Deadline) -> Job:
     """The job once it has come to a stop."""
     while job["state"] == STOPPING:
-        _pause(1.0, record, job, deadline)
-        job = control.job(record.resource_id, _left(deadline)) or _GONE
+        _pause(1.0, job_id, job, deadline)
+        job = control.job(job_id, _left(deadline)) or _GONE
     return job
 
 
@@ -281,19 +321,17 @@ def _left(deadline: Deadline) -> float:
 
 def _wait_until_ready(
     control: ControlPlane,
-    record: ResourceRecord,
-    base_model: str,
+    job_id: str,
+    url: str,
     before: Job | None,
     deadline: Deadline,
     *,
     found: bool,
-) -> TrainerHandle | None:
+) -> Job | None:
     """Poll until the trainer runs and answers. `before` is the job as it was before it was resumed.
 
     None for a trainer that was `found`, neither made nor resumed by this call, and has stopped meanwhile.
     """
-    job_id = record.resource_id
-    url = control.trainer_url(job_id, _left(deadline))
     grace = Deadline(_RESUME_GRACE_S)
     pause = _FIRST_PAUSE_S
     while True:
@@ -304,16 +342,15 @@ def _wait_until_ready(
         if job["state"] in (*STOPPED, *DELETED) and not is_stale:
             raise ProvisioningError(f"trainer {job_id} is {job['state']}: {_status_of(job)}")
         if job["state"] == RUNNING and control.is_healthy(url):
-            length = (job.get("trainingConfig") or {}).get("maxContextLength")
-            return TrainerHandle(job_id, job["name"], url, base_model, length, record.generation)
-        _pause(pause, record, job, deadline)
+            return job
+        _pause(pause, job_id, job, deadline)
         pause = min(1.5 * pause, _LONGEST_PAUSE_S)
 
 
-def _pause(seconds: float, record: ResourceRecord, job: Job, deadline: Deadline) -> None:
+def _pause(seconds: float, job_id: str, job: Job, deadline: Deadline) -> None:
     if deadline.expired:
         raise ProvisioningError(
-            f"trainer {record.resource_id} was not ready within infra.trainer_timeout_s={deadline.seconds:g} s: it is "
+            f"trainer {job_id} was not ready within infra.trainer_timeout_s={deadline.seconds:g} s: it is "
             f"{job['state']} ({_status_of(job)}). Raise infra.trainer_timeout_s, or start the run again to wait on."
         )
     time.sleep(min(seconds, deadline.remaining()))

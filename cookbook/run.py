@@ -48,12 +48,15 @@ FREE_FIELDS = (
     "infra",
     "init_from_checkpoint",
     "log_path",
+    "logprob_check_limit",
     "output_model_id",
     "promote_timeout_s",
     "retry",
+    "reward_timeout_s",
     "runner",
     "save_final_checkpoint",
     "step_timeout",
+    "trajectory_dir",
     "wandb",
     "weight_sync.dcp_save_interval",
     "weight_sync.dcp_timeout",
@@ -85,29 +88,37 @@ class Progress:
     """Rows taken but not trained."""
     trained_tokens: int = 0
     """Tokens with a non-zero weight, over all steps."""
+    open_rows: tuple[int, ...] = ()
+    """RL: rows before `position` that are neither trained nor rejected, as ordinals over the whole run."""
 
-    def to_loop_state(self) -> dict[str, int]:
+    def to_loop_state(self) -> dict[str, Any]:
         """The record as the loop state of a checkpoint row."""
-        return asdict(self)
+        return asdict(self) | {"open_rows": list(self.open_rows)}
 
     @classmethod
     def from_loop_state(cls, loop_state: Mapping[str, Any]) -> Self:
         """Read a record back. Unknown keys are ignored, so that later versions may add some.
 
         Raises:
-            CheckpointError: a key is missing, or is not a whole number >= 0.
+            CheckpointError: a key is missing, or is not a whole number >= 0 (`open_rows`: a list of them).
         """
-        values = {}
+        values: dict[str, Any] = {}
         for entry in fields(cls):
             value = loop_state.get(entry.name, entry.default)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+            is_list = entry.name == "open_rows"
+            if not (isinstance(value, list | tuple) and all(map(_is_count, value)) if is_list else _is_count(value)):
                 got = repr(loop_state[entry.name]) if entry.name in loop_state else "nothing"
                 raise CheckpointError(
-                    f"the loop state of a checkpoint needs {entry.name!r} as a whole number >= 0, got {got}. "
+                    f"the loop state of a checkpoint needs {entry.name!r} as a "
+                    f"{'list of whole numbers' if is_list else 'whole number'} >= 0, got {got}. "
                     "The row was not written by this recipe: resume from another one, or start in a new log_path."
                 )
-            values[entry.name] = value
+            values[entry.name] = tuple(value) if is_list else value
         return cls(**values)
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 class RunDirectory:

@@ -37,14 +37,19 @@ class TrainingSession:
         lora_rank: int,
         seed: int | None,
         user_metadata: dict[str, str] | None,
+        base_only: bool = False,
+        base_url: str | None = None,
     ) -> None:
         """Make session and model; blocks for as long as the trainer does."""
-        base_url = f"{manager.trainer_gateway_url}/training/v1/rlorTrainerJobs/{manager.account_id}/{job_id}"
-        self._service = FiretitanServiceClient(base_url=base_url, api_key=manager.api_key, user_metadata=user_metadata)
+        url = base_url or f"{manager.trainer_gateway_url}/training/v1/rlorTrainerJobs/{manager.account_id}/{job_id}"
+        self._service = FiretitanServiceClient(base_url=url, api_key=manager.api_key, user_metadata=user_metadata)
         if self._closed.is_set():  # given up meanwhile: no heartbeat may keep this session alive
             self._service.close()
             return
-        self.training = self._service.create_training_client(base_model=base_model, lora_rank=lora_rank, seed=seed)
+        if base_only:
+            self.training = self._service.create_base_training_client(base_model)
+        else:
+            self.training = self._service.create_training_client(base_model=base_model, lora_rank=lora_rank, seed=seed)
 
     def close(self, *, unload: bool) -> None:
         """End the session within seconds; what takes longer goes on in the background.

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from fireworks.training.sdk import RequestFailedError
@@ -11,7 +11,7 @@ from fireworks.training.sdk import RequestFailedError
 from cookbook.training_session import is_user_error
 
 if TYPE_CHECKING:
-    from fireworks.training.sdk import Datum
+    from fireworks.training.sdk import Datum, TensorData
     from fireworks.training.sdk.types import ForwardBackwardOutput, OptimStepResponse
 
 __all__ = ["Answer", "StepRejected", "StepResult", "is_one_request", "loss_sum", "wait_for_both"]
@@ -42,6 +42,8 @@ class StepResult:
     """What the trainer reports of the loss (keys "name:reduction") and of the step ("grad_norm", ...)."""
     seconds: float
     """From submitting to the answer."""
+    loss_fn_outputs: Sequence[Mapping[str, TensorData]] = field(default=(), repr=False)
+    """One a datum, with its `logprobs` under the weights before the step."""
 
 
 class StepRejected(Exception):

@@ -18,9 +18,11 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
-from cookbook.config import Environment, RecipeConfig, SFTConfig, environment
-from cookbook.errors import ConfigError, ModelError, Problem
+from cookbook.config import Environment, RecipeConfig, RLConfig, SFTConfig, environment
+from cookbook.errors import ConfigError, DataError, ModelError, Problem
 from cookbook.models.folders import HUB_NAME, check_model_folder, find_folder
+from cookbook.rewards.load import spec_problem
+from cookbook.rewards.reasoning import PREFIX, parse_spec
 
 __all__ = ["check_inputs", "load_config", "with_row_problems"]
 
@@ -297,9 +299,13 @@ def check_inputs(config: RecipeConfig, env: Environment) -> list[Problem]:
     A model name of the form `organization/model` that is no folder is left to the hub, and a model resource of the
     fireworks backend to that backend.
     """
-    problems = [*_check_log_path(config), *_check_data_file("dataset", config.dataset)]
-    if isinstance(config, SFTConfig) and config.evaluation.dataset is not None:
-        problems += _check_data_file("evaluation.dataset", config.evaluation.dataset)
+    problems = [*_check_folder("log_path", config.log_path), *_check_data("dataset", config.dataset, config)]
+    if isinstance(config, SFTConfig | RLConfig) and config.evaluation.dataset is not None:
+        problems += _check_data("evaluation.dataset", config.evaluation.dataset, config)
+    if isinstance(config, RLConfig):
+        problems += _check_reward(config)
+        if config.trajectory_dir is not None:
+            problems += _check_folder("trajectory_dir", config.trajectory_dir)
     return problems + _check_models(config, env.home / "models") + _check_wandb(config, env)
 
 
@@ -313,25 +319,51 @@ def with_row_problems(
     """
     known = {p.where.split(":")[0] for p in problems} | set(stand_ins)
     needed = {"dataset", "base_model", "tokenizer_model", "train_on_what", "renderer_name"}
-    if not isinstance(config, SFTConfig) or known & needed:
+    needed |= {"reward", "max_completion_tokens", "deployment", "deployment.tokenizer_model"}
+    if not isinstance(config, SFTConfig | RLConfig) or known & needed:
         return list(dict.fromkeys(problems))
-    from cookbook.data.sft import load_sft_data  # a tokenizer takes seconds to import
-
     try:
         with tempfile.TemporaryDirectory() as cache_dir:
-            load_sft_data(config, env.home / "models", Path(cache_dir))
+            _load_rows(config, env.home / "models", Path(cache_dir))
     except ConfigError as error:
         return list(dict.fromkeys([*problems, *(p for p in error.problems if p.where not in known)]))
     return list(dict.fromkeys(problems))
 
 
-def _check_log_path(config: RecipeConfig) -> list[Problem]:
-    path = Path(config.log_path)
+def _load_rows(config: SFTConfig | RLConfig, models_dir: Path, cache_dir: Path) -> None:
+    # A tokenizer takes seconds to import.
+    if isinstance(config, RLConfig):
+        from cookbook.data.rl import load_rl_data
+
+        load_rl_data(config, models_dir, cache_dir)
+    else:
+        from cookbook.data.sft import load_sft_data
+
+        load_sft_data(config, models_dir, cache_dir)
+
+
+def _check_folder(where: str, name: str) -> list[Problem]:
+    path = Path(name)
     existing = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
     if not existing.is_dir():
-        return [Problem("log_path", f"{existing} is a file, got {config.log_path!r}.", "Give a folder.")]
+        return [Problem(where, f"{existing} is a file, got {name!r}.", "Give a folder.")]
     if not os.access(existing, os.W_OK | os.X_OK):
-        return [Problem("log_path", f"{existing} cannot be written, got {config.log_path!r}.", "Give another folder.")]
+        return [Problem(where, f"{existing} cannot be written, got {name!r}.", "Give another folder.")]
+    return []
+
+
+def _check_reward(config: RLConfig) -> list[Problem]:
+    problem = spec_problem(config.reward)
+    return [] if problem is None else [Problem("reward", problem, "")]
+
+
+def _check_data(where: str, name: str, config: RecipeConfig) -> list[Problem]:
+    if not isinstance(config, RLConfig) or not name.startswith(PREFIX):
+        return _check_data_file(where, name)
+    try:
+        parse_spec(name)
+    except DataError as error:
+        return [Problem(where, str(error), "")]
     return []
 
 
@@ -353,12 +385,17 @@ def _check_data_file(where: str, name: str) -> list[Problem]:
 
 
 def _check_models(config: RecipeConfig, models_dir: Path) -> list[Problem]:
+    tokenizers = {"tokenizer_model": config.tokenizer_model}
+    if isinstance(config, RLConfig):
+        tokenizers["deployment.tokenizer_model"] = config.deployment.tokenizer_model
     if config.backend == "fireworks":
+        if isinstance(config, RLConfig):  # a rule of its own asks for the tokenizer
+            return []
         if config.tokenizer_model is None and config.base_model.startswith("accounts/"):
             what = f"is None, and base_model {config.base_model!r} is a model resource, which has no tokenizer here."
             return [Problem("tokenizer_model", what, "Set the model name or folder of its tokenizer.")]
         return []
-    named = {"base_model": config.base_model, "tokenizer_model": config.tokenizer_model}
+    named = {"base_model": config.base_model, **tokenizers}
     problems = []
     for where, name in named.items():
         if name is None or (HUB_NAME.fullmatch(name) and not Path(name).is_dir()):

@@ -10,7 +10,7 @@ from pydantic import BaseModel
 import cookbook.config as config
 
 TARGET = Path(__file__).parent / "config.md"
-RECIPES = [config.SFTConfig]
+RECIPES = [config.SFTConfig, config.RLConfig]
 BLOCKS = [
     config.InfraConfig,
     config.WeightSyncConfig,
@@ -21,6 +21,12 @@ BLOCKS = [
     config.RunnerConfig,
     config.DeployConfig,
     config.ConcurrencyConfig,
+    config.RLEvalConfig,
+    config.TISConfig,
+    config.DAPOConfig,
+    config.GSPOConfig,
+    config.CISPOConfig,
+    config.DROConfig,
 ]
 HEAD = """# Configuration
 

@@ -12,7 +12,7 @@ from tasks.evaluation import evaluate
 from tasks.preflight import preflight
 from tasks.promotion import promote
 from tasks.provisioning import provision_trainer
-from tasks.run import due, open_run, run_name
+from tasks.run import Run, due, open_run, run_name
 from tasks.training import train
 
 __all__ = ["sft"]
@@ -24,13 +24,13 @@ def sft(config: SFTConfig) -> RunSummary:
 
     Run it again with the same log_path to resume: from the last committed checkpoint, at the exact row.
     """
-    with open_run(config) as run:
+    with open_run(config, Run) as run:
         if (summary := run.finished()) is not None:
             return summary
 
         data = preflight(run)  # every row rendered and counted, before anything costs money
         provision_trainer(run)
-        progress = restore(run, data)  # the last commit, or zeros on a fresh run
+        progress = restore(run, data.plan.total_steps)  # the last commit, or zeros on a fresh run
         evaluate(run, data, progress)  # held-out rows before training; done already on a resume
 
         for batch in data.batches(Position(progress.epoch, progress.position)):

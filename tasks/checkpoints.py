@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from cookbook.checkpoints import CheckpointKind, last_commit, next_checkpoint_name, resolve_resume, save_checkpoint
 from cookbook.client import ReconnectableClient
-from cookbook.data.sft import SFTData
 from cookbook.run import Progress
 from tasks.record import recorded
 from tasks.run import Run
@@ -13,8 +12,11 @@ __all__ = ["dcp_save", "restore"]
 
 
 @recorded(deadline=lambda config: config.weight_sync.dcp_timeout + config.infra.trainer_timeout_s, retried=False)
-def restore(run: Run, data: SFTData) -> Progress:
+def restore(run: Run, total_steps: int) -> Progress:
     """Open a session on the trainer, load the last commit, cut the metrics to it, and say where training goes on.
+
+    Args:
+        total_steps: of a run that starts afresh; a commit knows its own.
 
     Raises:
         TrainerLost: no session within the deadline.
@@ -36,7 +38,7 @@ def restore(run: Run, data: SFTData) -> Progress:
         progress = Progress.from_loop_state(run.resumed.loop_state)
         run.say(f"resumed from checkpoint {run.resumed.name}: step {progress.step:,} of {progress.total_steps:,}")
     else:
-        progress = Progress(0, 0, 0, 0, permutation_seed=config.seed, total_steps=data.plan.total_steps)
+        progress = Progress(0, 0, 0, 0, permutation_seed=config.seed, total_steps=total_steps)
         run.resumed = None
     run.start(progress)
     return progress

@@ -1,15 +1,18 @@
-"""Held-out evaluation of the policy, on its trainer."""
+"""Held-out evaluation of the policy: teacher-forced on its trainer, or by greedy answers of its deployment."""
 
 from __future__ import annotations
 
 from cookbook.config import SFTConfig
 from cookbook.data.sft import SFTData
-from cookbook.evaluation import evaluate_held_out
+from cookbook.errors import SamplingError
+from cookbook.evaluation import evaluate_greedy, evaluate_held_out
+from cookbook.files import write_json
 from cookbook.run import Progress
 from tasks.record import recorded
+from tasks.rl_run import RLRun
 from tasks.run import Run
 
-__all__ = ["evaluate"]
+__all__ = ["evaluate", "evaluate_rewards"]
 
 
 def evaluate(run: Run, data: SFTData, progress: Progress) -> None:
@@ -23,6 +26,29 @@ def held_out_loss(run: Run, data: SFTData, progress: Progress) -> dict[str, floa
     """Loss (nats a token), token accuracy and exact match over the held-out rows."""
     assert isinstance(run.config, SFTConfig)
     result = evaluate_held_out(run.client, data.held_out_rows(), timeout_s=run.config.evaluation.timeout_s)
+    values = result.to_dict()
+    run.log_evaluation(progress, values)
+    return values
+
+
+def evaluate_rewards(run: RLRun, progress: Progress) -> None:
+    """Answer the held-out rows, unless there are none, this step was evaluated already, or nothing is ever synced."""
+    is_stale = run.config.weight_sync.weight_sync_interval == 0 and progress.step > 0
+    if run.rows.held_out is not None and progress.step not in run.evaluations() and not is_stale:
+        greedy_reward(run, progress)
+
+
+@recorded(deadline=lambda config: config.evaluation.timeout_s, retried=True, persist=True)
+def greedy_reward(run: RLRun, progress: Progress) -> dict[str, float]:
+    """Mean reward of greedy answers to the held-out rows; the answers themselves are kept beside."""
+    if run.sampler is None or run.sync is None:
+        raise SamplingError("there is no deployment to sample from yet: start_sampler comes first.")
+    result = evaluate_greedy(
+        run.sampler, list(run.rows.held_out_rows()), run.rows.reward, run.config, version=run.sync.version
+    )
+    with run.directory.guard():
+        run.answers.mkdir(exist_ok=True)
+        write_json(run.answers_file(progress.step), {"answers": [answer.to_dict() for answer in result.answers]})
     values = result.to_dict()
     run.log_evaluation(progress, values)
     return values

@@ -5,13 +5,17 @@ from __future__ import annotations
 from prefect.artifacts import create_markdown_artifact
 
 from cookbook.config import SFTConfig
+from cookbook.data.preflight import PreflightReport
+from cookbook.data.rl import RLData, load_rl_data
+from cookbook.data.rl_preflight import RLPreflightReport
 from cookbook.data.sft import SFTData, load_sft_data
 from cookbook.errors import ConfigError
 from cookbook.validation import check_inputs, with_row_problems
 from tasks.record import recorded
+from tasks.rl_run import RLRun
 from tasks.run import Run
 
-__all__ = ["preflight"]
+__all__ = ["preflight", "preflight_rl"]
 
 
 @recorded(deadline=lambda config: 24 * 3600.0, retried=False)
@@ -23,9 +27,7 @@ def preflight(run: Run) -> SFTData:
         CheckpointError: the run began with other data.
     """
     assert isinstance(run.config, SFTConfig)
-    problems = check_inputs(run.config, run.env)
-    if problems:
-        raise ConfigError(with_row_problems(problems, run.config, run.env))
+    _check(run)
     data = load_sft_data(
         run.config,
         run.env.home / "models",
@@ -33,9 +35,37 @@ def preflight(run: Run) -> SFTData:
         shape_context=run.shape_context(),
         progress=run.tracker.rows_read,
     )
-    run.directory.pin_data(data.train.fingerprint)
-    run.say(data.report.to_text())
-    create_markdown_artifact(
-        data.report.to_markdown(), key=f"preflight-{run.directory.run_id}", description="Pre-flight"
-    )
+    _accept(run, data.train.fingerprint, data.report)
     return data
+
+
+@recorded(deadline=lambda config: 24 * 3600.0, retried=False)
+def preflight_rl(run: RLRun) -> RLData:
+    """The same for an RL run, whose reward is tried too: one that is broken shows here.
+
+    Raises:
+        ConfigError, CheckpointError: as `preflight`.
+    """
+    _check(run)
+    run.data = load_rl_data(
+        run.config,
+        run.env.home / "models",
+        run.directory.path / "data",
+        shape_context=run.shape_context(),
+        progress=run.tracker.rows_read,
+    )
+    _accept(run, run.data.fingerprint, run.data.report)
+    return run.data
+
+
+def _check(run: Run) -> None:
+    problems = check_inputs(run.config, run.env)
+    if problems:
+        raise ConfigError(with_row_problems(problems, run.config, run.env))
+
+
+def _accept(run: Run, fingerprint: str, report: PreflightReport | RLPreflightReport) -> None:
+    """Pin the data to the run, and publish the report."""
+    run.directory.pin_data(fingerprint)
+    run.say(report.to_text())
+    create_markdown_artifact(report.to_markdown(), key=f"preflight-{run.directory.run_id}", description="Pre-flight")

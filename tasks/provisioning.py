@@ -1,15 +1,21 @@
-"""Getting the trainer of a run: found again by its id, or made."""
+"""Getting the trainers and the deployment of a run: found again by their ids, or made."""
 
 from __future__ import annotations
 
 import time
+from typing import Any
 
 from cookbook.deadlines import Deadline
+from cookbook.deployments import attach_trainer
+from cookbook.deployments import provision_deployment as deploy
+from cookbook.provisioning import provision_reference as provision_other
 from cookbook.provisioning import provision_trainer as provision
-from tasks.record import recorded
+from cookbook.reference import open_reference
+from tasks.record import RecordedTask, recorded
+from tasks.rl_run import RLRun
 from tasks.run import Run
 
-__all__ = ["provision_trainer"]
+__all__ = ["provision_rl", "provision_trainer"]
 
 
 @recorded(deadline=lambda config: config.infra.trainer_timeout_s, retried=True, persist=True)
@@ -28,3 +34,61 @@ def provision_trainer(run: Run) -> dict[str, str]:
     )
     run.say(f"trainer {run.trainer.job_id} is ready ({time.monotonic() - started:.1f} s)")
     return {"job_id": run.trainer.job_id, "generation": str(run.trainer.generation)}
+
+
+@recorded(deadline=lambda config: config.infra.trainer_timeout_s, retried=True, persist=True)
+def provision_reference(run: RLRun) -> dict[str, str]:
+    """Provision the reference trainer, as `provision_trainer` does; {} where the run needs none of its own."""
+    started = time.monotonic()
+    deadline = Deadline(run.config.infra.trainer_timeout_s)
+    run.reference_trainer = provision_other(run.control, run.ledger, run.config, deadline=deadline)
+    if run.reference_trainer is None:
+        return {}
+    run.say(f"reference trainer {run.reference_trainer.job_id} is ready ({time.monotonic() - started:.1f} s)")
+    return {"job_id": run.reference_trainer.job_id, "generation": str(run.reference_trainer.generation)}
+
+
+@recorded(deadline=lambda config: config.deployment.deployment_timeout_s, retried=True, persist=True)
+def provision_deployment(run: RLRun) -> dict[str, str]:
+    """Provision the deployment that samples, within its own deadline; return its identity.
+
+    Raises:
+        ProvisioningError: the deployment failed, or was not ready in time.
+    """
+    started = time.monotonic()
+    run.deployment = deploy(
+        run.control,
+        run.ledger,
+        run.config,
+        trainer=run.trainer,
+        run_id=run.directory.run_id,
+        deadline=Deadline(run.config.deployment.deployment_timeout_s),
+    )
+    run.say(f"deployment {run.deployment.deployment_id} is ready ({time.monotonic() - started:.1f} s)")
+    return {"deployment_id": run.deployment.deployment_id, "generation": str(run.deployment.generation)}
+
+
+def provision_rl(run: RLRun) -> None:
+    """Policy trainer, reference trainer and deployment, side by side; then what ties them together.
+
+    Raises:
+        ProvisioningError: one of them could not be had; the others are released with the run.
+    """
+    run.control.account_id()  # before the threads, which share it
+    tasks: list[RecordedTask[Any, [], Any]] = [provision_trainer, provision_deployment]
+    if run.config.active_kl_beta > 0:
+        tasks.append(provision_reference)
+    run.records.side_by_side(tasks, run)
+    assert run.trainer is not None
+    assert run.deployment is not None
+    deadline = Deadline(run.config.deployment.deployment_timeout_s)
+    attach_trainer(run.control, run.deployment, run.trainer.job_name, deadline)
+    run.reference = open_reference(
+        run.control.jobs,
+        run.config,
+        run.trainer,
+        run.reference_trainer,
+        user_metadata=run.directory.user_metadata(),
+    )
+    if run.reference is not None:
+        run.closed_at_end(run.reference)

@@ -14,7 +14,7 @@ import logging
 import random
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Concatenate, Generic, ParamSpec, Protocol, TypeVar
 
@@ -22,7 +22,18 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from cookbook.config import RecipeConfig, RetryConfig
-from cookbook.errors import BackendError, ConfigError, DataError, LeaseLost, ModelError, RequestRejected, TrainerLost
+from cookbook.errors import (
+    BackendError,
+    ConfigError,
+    DataError,
+    LeaseLost,
+    LogprobMismatch,
+    ModelError,
+    RequestRejected,
+    RewardError,
+    ShapeError,
+    TrainerLost,
+)
 
 __all__ = ["BACKSTOP_S", "MIN_INTERVAL_S", "Policy", "RecordedTask", "Records", "is_retried", "recorded"]
 
@@ -45,7 +56,18 @@ MIN_INTERVAL_S = 5.0
 BACKSTOP_S = 30.0
 """Seconds by which Prefect's time-out lies behind the deadline inside the body."""
 
-NEVER_RETRIED = (BackendError, ConfigError, DataError, LeaseLost, ModelError, RequestRejected, TrainerLost)
+NEVER_RETRIED = (
+    BackendError,
+    ConfigError,
+    DataError,
+    LeaseLost,
+    LogprobMismatch,
+    ModelError,
+    RequestRejected,
+    RewardError,
+    ShapeError,
+    TrainerLost,
+)
 """Errors that another attempt cannot mend: what is wrong must be changed, or the whole run restored."""
 
 logger = logging.getLogger(__name__)
@@ -163,6 +185,26 @@ class Records:
             return configured(run, *args, **kwargs)
         finally:
             self._last[name] = self._clock()
+
+    def side_by_side(self, tasks: Sequence[RecordedTask[R, [], Any]], run: R) -> None:
+        """Call tasks at the same time, each in a thread and with a record of its own; wait for all of them.
+
+        The deadlines in the bodies hold. Prefect's time-out behind them is left out: it cannot interrupt a thread.
+
+        Raises:
+            the first error, in the order of `tasks`, once all have ended.
+        """
+        futures = []
+        for each in tasks:
+            name = each.body.__name__
+            self.calls[name] += 1
+            self.recorded[name] += 1
+            options = each.policy(self._config).prefect_options() | {"timeout_seconds": None}
+            futures.append(each.task.with_options(**options).submit(run))
+        for future in futures:
+            future.wait()
+        for future in futures:
+            future.result()
 
     def table(self) -> list[dict[str, Any]]:
         """Calls and records of each task, for the report at the end."""

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
+from typing import Any, TypeVar
 
 from fireworks.training.sdk import TrainingShapeProfile
 from prefect.artifacts import create_markdown_artifact
@@ -170,7 +171,7 @@ class Run:
         try:
             self._release(delete=False)
         except Exception as problem:
-            logger.warning("the trainer could not be cancelled, it ends by itself when idle: %s", problem)
+            logger.warning("not everything could be released, it ends by itself when idle: %s", problem)
         with suppress(Exception):
             self.tracker.finish(error)
 
@@ -205,12 +206,23 @@ class Run:
             model=self.model.name if self.model is not None else None,
             model_folder=str(self.model.folder) if self.model is not None and self.model.folder else None,
             prefect_calls=self.records.table(),
+            **self._summary_fields(progress),
         )
+
+    def _summary_fields(self, progress: Progress) -> dict[str, Any]:
+        """What a recipe adds to the summary."""
+        return {}
+
+
+R = TypeVar("R", bound=Run)
 
 
 @contextmanager
-def open_run(config: RecipeConfig) -> Iterator[Run]:
+def open_run(config: RecipeConfig, kind: type[R]) -> Iterator[R]:
     """Own the run directory of `config`, and free everything at the end, whatever happens.
+
+    Args:
+        kind: what the tasks of the recipe share.
 
     Raises:
         LeaseLost: another process owns the run.
@@ -219,7 +231,7 @@ def open_run(config: RecipeConfig) -> Iterator[Run]:
     env = environment()
     contents = config.model_dump(mode="json")
     with RunDirectory.open(config.log_path, recipe=config.recipe, config=contents, home=env.home) as directory:
-        run = Run(config, directory, env)
+        run = kind(config, directory, env)
         try:
             yield run
         except BaseException as error:

@@ -7,14 +7,14 @@ from dataclasses import replace
 
 from fireworks.training.sdk import AdamParams
 
-from cookbook.config import SFTConfig
+from cookbook.config import RecipeConfig, SFTConfig
 from cookbook.data import Batch
 from cookbook.data.datums import datum_from_row, token_mean_weights
 from cookbook.run import Progress
 from tasks.record import recorded
 from tasks.run import Run
 
-__all__ = ["train"]
+__all__ = ["adam_params", "train"]
 
 
 @recorded(deadline=lambda config: config.step_timeout_s, retried=False)
@@ -33,7 +33,7 @@ def train(run: Run, batch: Batch, progress: Progress) -> Progress:
     result = run.client.train_step(
         datums,
         "cross_entropy",
-        adam_params(config, progress),
+        adam_params(config, config.learning_rate_at(progress.step, progress.total_steps)),
         grad_accumulation_normalization=config.grad_accumulation_normalization,
         timeout_s=config.step_timeout_s,
     )
@@ -66,11 +66,11 @@ def train(run: Run, batch: Batch, progress: Progress) -> Progress:
     return done
 
 
-def adam_params(config: SFTConfig, progress: Progress) -> AdamParams:
-    """Optimizer settings of the step that follows `progress`."""
+def adam_params(config: RecipeConfig, learning_rate: float) -> AdamParams:
+    """Optimizer settings of a step."""
     adam = config.adam
     return AdamParams(
-        learning_rate=config.learning_rate_at(progress.step, progress.total_steps),
+        learning_rate=learning_rate,
         beta1=adam.beta1,
         beta2=adam.beta2,
         eps=adam.eps,

@@ -96,7 +96,7 @@ class HostileTrainer:
                 except OSError:
                     self.close_connection = True
 
-            do_GET = do_POST = do_DELETE = _answer
+            do_GET = do_POST = do_PATCH = do_DELETE = _answer
 
             def log_message(self, *_: object) -> None:
                 pass

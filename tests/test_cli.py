@@ -229,6 +229,39 @@ def test_preview_names_what_is_wrong_with_the_data(home, model, tmp_path, argume
     assert message in err
 
 
+def test_preview_shows_a_prompt_of_rl_and_what_a_reward_gives(home, model, tmp_path):
+    row = {"messages": [{"role": "user", "content": "2+2"}], "ground_truth": "4"}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    asked = ("data", "preview", "rows.jsonl", "--model", str(model))
+    status, out, err = cookbook(*asked, "--rl")
+    assert (status, err) == (0, "")
+    assert "user\n2+2<|im_end|>\n<|im_start|>assistant\n" in out
+    assert "tokens of prompt; ground_truth = '4'" in out
+    status, out, _ = cookbook(*asked, "--reward", "numeric", "--completion", "It is 4.")
+    assert (status, out.splitlines()[-1]) == (0, "-- reward numeric of 'It is 4.': 1, answered 1")
+    status, _, err = cookbook(*asked, "--reward", "cuntdown")
+    assert (status, err) == (2, "error: there is no reward 'cuntdown'. Did you mean countdown?\n")
+    status, _, err = cookbook(*asked, "--reward", "countdown")
+    assert status == 2
+    assert "row 0 of rows.jsonl has no countdown task" in err
+
+
+def test_preview_shows_a_row_of_a_procedural_task(home, model):
+    task = "reasoning_gym:chain_sum?size=2"
+    status, out, _ = cookbook("data", "preview", task, "--rl", "--row", "1", "--model", str(model))
+    assert status == 0
+    assert "State the final answer" in out
+    status, _, err = cookbook("data", "preview", task, "--rl", "--row", "2", "--model", str(model))
+    assert (status, err) == (2, f"error: --row 2, but {task} has 2 rows. Give 0 to 1.\n")
+
+
+def test_example_writes_rows_for_sft_and_for_rl(home, tmp_path):
+    status, out, _ = cookbook("data", "example", str(tmp_path / "rows"), "--train", "5", "--held-out", "3")
+    names = ["train.jsonl", "held_out.jsonl", "rl_train.jsonl", "rl_held_out.jsonl"]
+    assert (status, out.splitlines()) == (0, [str(tmp_path / "rows" / name) for name in names])
+    assert [len((tmp_path / "rows" / name).read_text().splitlines()) for name in names] == [5, 3, 5, 3]
+
+
 # checkpoints and runs -----------------------------------------------------------------------------------------------
 
 

@@ -14,7 +14,7 @@ from fireworks.training.sdk import AdamParams
 
 from cookbook.checkpoints import save_checkpoint
 from cookbook.client import ReconnectableClient
-from cookbook.config import Environment, SFTConfig
+from cookbook.config import Environment, RLConfig, SFTConfig
 from cookbook.data.datums import datum_from_row
 from cookbook.deadlines import Deadline
 from cookbook.errors import ConfigError, LeaseLost, ModelError, ProvisioningError
@@ -149,6 +149,45 @@ def test_a_model_that_is_not_there_provisions_nothing(control, ledger):
     config = config_of().model_copy(update={"base_model": "no-such-model"})
     with pytest.raises(ModelError, match="no-such-model"):
         provision(control, ledger, config)
+    assert ledger.all() == []
+
+
+# -- trainers of others ------------------------------------------------------------------------------------------------
+
+
+def adopting(job_id, **fields):
+    values = {"log_path": "unused", "base_model": "tiny", "dataset": "unused", "reward": "exact", "lora_rank": 4}
+    return RLConfig(**{**values, **fields}, policy_job_id=job_id, infra={"extra_args": QUICK})
+
+
+def test_an_adopted_trainer_is_used_and_never_stopped_or_deleted(control, ledger, start_trainer):
+    job = start_trainer("adopted")
+    trainer = provision(control, ledger, adopting(job))
+    assert (trainer.job_id, trainer.adopted, trainer.generation, trainer.lora_rank) == (job, True, 0, 4)
+    assert (trainer.base_url, trainer.max_context_length) == (control.trainer_url(job), 512)
+    for delete in (False, True):
+        release_trainer(control, ledger, trainer, delete=delete)
+    assert control.job(job)["state"] == "JOB_STATE_RUNNING"
+
+    with pytest.raises(ConfigError, match=r"policy_job_id: trainer 'adopted' has LoRA rank 4, lora_rank is 8"):
+        provision(control, ledger, adopting(job, lora_rank=8))
+    other = adopting(job).model_copy(update={"base_model": str(control.models_dir / "tiny" / ".")})
+    assert provision(control, ledger, other) == trainer  # the same model by another name
+
+    where = f"{control.base_url}/training/v1/rlorTrainerJobs/local/{job}"
+    named = provision(control, ledger, adopting(job, policy_base_url=where))
+    assert named.base_url == where
+    with ReconnectableClient(control.jobs, "nobody", named.base_model, 4, base_url=where) as client:
+        assert client.list_checkpoints() == []
+
+    control.cancel(job)  # by somebody else
+    assert provision(control, ledger, adopting(job)) == trainer
+    assert control.job(job)["state"] == "JOB_STATE_RUNNING"
+    control.delete(job)
+    with pytest.raises(ProvisioningError, match=r"policy_job_id: trainer 'adopted' is JOB_STATE_DELETED"):
+        provision(control, ledger, adopting(job))
+    with pytest.raises(ProvisioningError, match=r"policy_job_id: trainer 'nobody' does not exist"):
+        provision(control, ledger, adopting("nobody"))
     assert ledger.all() == []
 
 

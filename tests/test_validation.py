@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from cookbook.config import SFTConfig, environment
+from cookbook.config import RLConfig, SFTConfig, environment
 from cookbook.errors import ConfigError
 from cookbook.validation import check_inputs, load_config
 from tests.tiny_model import make_tiny_model
@@ -304,3 +304,51 @@ def test_problems_of_rows_come_in_the_same_error_as_those_of_fields(model, tmp_p
     assert "row 0" in text
     assert "row 1" in text
     assert [p.where for p in caught.value.problems] == ["learning_rte", "dataset", "evaluation.dataset"]
+
+
+# RL -----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def rl_inputs(inputs, tmp_path):
+    row = {"messages": [{"role": "user", "content": "a"}], "ground_truth": "1"}
+    (tmp_path / "rl.jsonl").write_text(json.dumps(row) + "\n")
+    return {**inputs, "dataset": "rl.jsonl", "reward": "numeric", "max_completion_tokens": 8}
+
+
+def rl_problems(**sources):
+    with pytest.raises(ConfigError) as caught:
+        load_config(RLConfig, **sources)
+    return [str(problem) for problem in caught.value.problems]
+
+
+def test_an_rl_config_may_name_procedural_tasks_and_rewards_of_ones_own(rl_inputs):
+    task = "reasoning_gym:chain_sum?size=10"
+    fields = {**rl_inputs, "dataset": task, "evaluation.dataset": f"{task}&seed=1000", "reward": "my_rewards:score"}
+    assert load_config(RLConfig, overrides=fields).reward == "my_rewards:score"
+
+
+def test_the_inputs_of_an_rl_config_are_checked_together(rl_inputs, tmp_path):
+    (tmp_path / "taken").write_text("")
+    fields = {"dataset": "reasoning_gym:?x", "reward": "cuntdown", "evaluation.dataset": "absent.jsonl"}
+    fields |= {"trajectory_dir": "taken/rollouts", "deployment.tokenizer_model": "nonsense", "lora_rnak": 3}
+    found = {text.partition(": ")[0]: text for text in rl_problems(overrides={**rl_inputs, **fields})}
+    assert set(found) == {*fields}
+    assert "is not a task. Write reasoning_gym:NAME" in found["dataset"]
+    assert found["reward"] == "reward: there is no reward 'cuntdown'. Did you mean countdown?"
+    assert "there is no file 'absent.jsonl'" in found["evaluation.dataset"]
+    assert "taken is a file" in found["trajectory_dir"]
+    assert "no model 'nonsense'" in found["deployment.tokenizer_model"]
+
+
+def test_problems_of_rl_rows_come_in_the_same_error_as_those_of_fields(rl_inputs, tmp_path):
+    (tmp_path / "rl.jsonl").write_text('{"messages": [{"role": "user", "content": "a"}]}\n')
+    found = rl_problems(overrides={**rl_inputs, "lora_rnak": 3})
+    assert [text.partition(": ")[0] for text in found] == ["lora_rnak", "dataset"]
+    assert "row 0 (rl.jsonl, line 1) has no ground_truth" in found[1]
+
+
+def test_a_fireworks_rl_config_needs_the_name_of_its_tokenizer_once(rl_inputs):
+    fields = {**rl_inputs, "base_model": "accounts/fireworks/models/qwen3-8b", "backend": "fireworks"}
+    (problem,) = rl_problems(overrides={**fields, "infra.training_shape_id": "s"})
+    assert problem.startswith("deployment.tokenizer_model: is None")

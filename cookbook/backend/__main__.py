@@ -1,4 +1,4 @@
-"""The processes of the embedded backend: `python -m cookbook.backend supervise | control-plane | trainer`.
+"""The processes of the embedded backend: `python -m cookbook.backend supervise | control-plane | trainer | deployment`.
 
 Each is started by the one above it (launcher, supervisor, control plane); everything it needs is on its command line.
 A failure that the user can do something about is one line on stderr, `error: ...`, and exit status 2.
@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    # Imported here: the supervisor stays small, and only a trainer pays for torch.
+    # Imported here: the supervisor stays small, and only a worker pays for torch.
     if args.process == "supervise":
         from cookbook.backend.supervisor import supervise
 
@@ -40,9 +40,14 @@ def _run(args: argparse.Namespace) -> int:
             parent_fd=args.parent_fd,
             idle_timeout_s=args.idle_timeout_s,
         )
-    from cookbook.backend.trainer.worker import main as train
+    if args.process == "deployment":
+        from cookbook.backend.deployment.worker import main as deploy
 
-    train(args.job_dir)
+        deploy(args.job_dir)
+    else:
+        from cookbook.backend.trainer.worker import main as train
+
+        train(args.job_dir)
     return 0
 
 
@@ -62,8 +67,9 @@ def _parser() -> argparse.ArgumentParser:
     control_plane.add_argument("--listen-fd", type=int, required=True, help="listening socket, inherited")
     control_plane.add_argument("--parent-fd", type=int, required=True, help="pipe that closes when the parent dies")
 
-    trainer = processes.add_parser("trainer", help="one trainer job")
-    trainer.add_argument("--job-dir", type=Path, required=True, help="folder with spec.json")
+    for kind, what in (("trainer", "one trainer job"), ("deployment", "one deployment of a model")):
+        worker = processes.add_parser(kind, help=what)
+        worker.add_argument("--job-dir", type=Path, required=True, help="folder with spec.json")
     return parser
 
 

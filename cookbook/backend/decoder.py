@@ -6,6 +6,8 @@ One protocol, implemented on transformers models. Losses, batching and optimizer
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, Literal, Protocol, Self, cast
 
@@ -13,6 +15,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from cookbook.backend.branches import ATTENTION, Forest, Tree, register
 from cookbook.errors import ModelError
 
 __all__ = ["ComputeDtype", "Decoder", "HuggingFaceDecoder", "dithered", "pick_compute_dtype", "read_config"]
@@ -34,9 +37,19 @@ class Decoder(Protocol):
 
     vocab_size: int
     max_positions: int
+    shares_prefixes: bool
+    """Whether `forest_hidden_states` may be called."""
 
     def hidden_states(self, tokens_NT: Tensor) -> Tensor:
         """Float32 or bfloat16 (N, T, H) before the head, with graph. Position t sees tokens 0..t only."""
+        ...
+
+    def forest_hidden_states(self, tokens_M: Tensor, forest: Forest) -> Tensor:
+        """The same, (M, H), for sequences that share prefixes. Each position sees its own sequence only."""
+        ...
+
+    def fixed_weights(self) -> AbstractContextManager[None]:
+        """Within it no weight changes, so that what is derived from weights alone may be computed once."""
         ...
 
     def logits(self, hidden_MH: Tensor) -> Tensor:
@@ -88,6 +101,7 @@ class HuggingFaceDecoder:
         self.compute_dtype = compute_dtype
         self.vocab_size = int(self.model.config.vocab_size)
         self.max_positions = int(self.model.config.max_position_embeddings)
+        self.shares_prefixes = False
 
     @classmethod
     def load(cls, folder: Path, compute_dtype: ComputeDtype) -> HuggingFaceDecoder:
@@ -106,6 +120,7 @@ class HuggingFaceDecoder:
         model.requires_grad_(False)
         decoder = cls(model, compute_dtype)
         decoder.check_trainable(folder)
+        decoder.share_prefixes()
         if compute_dtype == "bfloat16":
             for name, module in list(model.named_modules()):
                 if type(module) is nn.Linear and module is not decoder.head:
@@ -132,8 +147,57 @@ class HuggingFaceDecoder:
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.compute_dtype == "bfloat16"):
             return cast(Tensor, transformer(input_ids=tokens_NT, use_cache=False).last_hidden_state)
 
+    def forest_hidden_states(self, tokens_M: Tensor, forest: Forest) -> Tensor:
+        transformer = getattr(self.model, self.model.base_model_prefix)
+        unused_mask = torch.ones(1, 1, 1, 1, dtype=torch.bool)  # else transformers would make one of M x M
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.compute_dtype == "bfloat16"):
+            output = transformer(
+                input_ids=tokens_M[None],
+                position_ids=forest.positions()[None],
+                attention_mask=unused_mask,
+                use_cache=False,
+                forest=forest,
+            )
+        return cast(Tensor, output.last_hidden_state[0])
+
     def logits(self, hidden_MH: Tensor) -> Tensor:
         return cast(Tensor, self.head(hidden_MH.float()))
+
+    @contextmanager
+    def fixed_weights(self) -> Iterator[None]:
+        layers = [module for module in self.model.modules() if isinstance(module, _DitheredLinear)]
+        for layer in layers:
+            layer.keeps_rounded = True
+        try:
+            yield
+        finally:
+            for layer in layers:
+                layer.keeps_rounded, layer.rounded = False, None
+
+    @torch.no_grad()
+    def share_prefixes(self) -> None:
+        """Set `shares_prefixes`: whether this model's attention is a plain one, by its config and by a try."""
+        config = self.model.config
+        is_windowed = getattr(config, "sliding_window", None) is not None or any(
+            kind != "full_attention" for kind in getattr(config, "layer_types", None) or ()
+        )
+        if is_windowed or config._attn_implementation != "sdpa":
+            return
+        register()
+        self.model.set_attn_implementation(ATTENTION)
+        forest = Forest([Tree(3, (2, 4)), Tree(2, (1, 2))])
+        tokens_M = torch.randint(self.vocab_size, (forest.num_tokens,), generator=torch.Generator().manual_seed(0))
+        exact = HuggingFaceDecoder(self.model, "float32")
+        try:
+            together = exact.forest_hidden_states(tokens_M, forest)
+        except (TypeError, ValueError, RuntimeError):  # a model that hands nothing on to its attention
+            together = torch.zeros(0)
+        self.shares_prefixes = len(together) == len(tokens_M) and all(
+            torch.allclose(together[places_T], exact.hidden_states(tokens_M[None, places_T])[0], atol=1e-3, rtol=1e-3)
+            for places_T in forest.sequences()
+        )
+        if not self.shares_prefixes:
+            self.model.set_attn_implementation("sdpa")
 
     @torch.no_grad()
     def check_trainable(self, folder: Path) -> None:
@@ -206,10 +270,16 @@ class _SharingLinear(nn.Linear):
 class _DitheredLinear(_SharingLinear):
     """For use under autocast: rounds its weight by `dithered`, unless it is in bfloat16 already."""
 
+    keeps_rounded = False
+    rounded: Tensor | None = None
+
     def forward(self, input: Tensor) -> Tensor:
         weight = self.weight
-        if weight.dtype == torch.float32:
+        if self.rounded is not None:
+            weight = self.rounded
+        elif weight.dtype == torch.float32:
             weight = _Dithered.apply(weight)  # type: ignore[no-untyped-call]
+            self.rounded = weight if self.keeps_rounded else None
         return nn.functional.linear(input, weight, self.bias)
 
 

@@ -75,11 +75,15 @@ class BackendPaths:
     def job_dir(self, job_id: str) -> Path:
         return self.root / "jobs" / job_id
 
+    def deployment_dir(self, deployment_id: str) -> Path:
+        return self.root / "deployments" / deployment_id
+
     def create(self) -> None:
         """Make every directory, private to this user. OSError when the home cannot be written."""
         for folder in (self.home, self.checkpoints, self.models):
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        for folder in (self.home / "backend", self.root, self.root / "logs", self.root / "jobs"):
+        parts = [self.root / name for name in ("logs", "jobs", "deployments")]
+        for folder in (self.home / "backend", self.root, *parts):
             folder.mkdir(mode=0o700, exist_ok=True)
             folder.chmod(0o700)
 

@@ -24,7 +24,7 @@ ENTRY_POINTS = "cookbook.recipes"
 
 def run(
     ctx: typer.Context,
-    recipe: Annotated[str, typer.Argument(help="Name of the recipe: sft.")],
+    recipe: Annotated[str, typer.Argument(help="Name of the recipe: sft or rl.")],
     config: Annotated[Path | None, typer.Option("--config", "-c", help="YAML file with the config.")] = None,
     sets: Annotated[
         list[str] | None,

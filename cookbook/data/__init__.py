@@ -8,7 +8,7 @@ from cookbook.data.epochs import START, EpochPlan, Position
 from cookbook.data.jsonl import JsonlFile
 from cookbook.data.preflight import PreflightReport, TokenQuantiles, preflight_report
 from cookbook.data.preview import preview
-from cookbook.data.procedural import make_task
+from cookbook.data.procedural import make_rl_task, make_task
 from cookbook.data.rendering import TRAIN_ON_WHAT, RenderedRow, Renderer
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "Renderer",
     "SFTDataset",
     "TokenQuantiles",
+    "make_rl_task",
     "make_task",
     "preflight_report",
     "preview",

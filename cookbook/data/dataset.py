@@ -6,8 +6,6 @@ In which order rows are trained: epochs.py. What the counts mean for a run: pref
 from __future__ import annotations
 
 import hashlib
-import os
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,16 +13,13 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from cookbook.data.counts import MAX_NAMED_ROWS, PROGRESS_ROWS, invalid_rows, load_counts, write_counts
 from cookbook.data.epochs import START, EpochPlan, Position
 from cookbook.data.jsonl import JsonlFile
 from cookbook.data.rendering import RenderedRow, Renderer
 from cookbook.errors import DataError
 
 __all__ = ["Batch", "SFTDataset"]
-
-MAX_NAMED_ROWS = 20
-"""So many rows are named one by one in an error or report; the others are counted."""
-PROGRESS_ROWS = 10_000
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,10 +79,10 @@ class SFTDataset:
         file = JsonlFile.open(path)
         num_rows = len(file) if max_examples is None else min(max_examples, len(file))
         key = hashlib.sha256(f"{file.fingerprint}/{renderer.fingerprint}/{num_rows}".encode()).hexdigest()[:20]
-        counts = _load_counts(cache_dir / f"rows-{key}.npy", num_rows)
+        counts = load_counts(cache_dir / f"rows-{key}.npy", (2, num_rows), np.int32)
         if counts is None:
             counts = _count_rows(file, renderer, num_rows, progress)
-            _write_counts(cache_dir / f"rows-{key}.npy", counts)
+            write_counts(cache_dir / f"rows-{key}.npy", counts)
         kept = np.flatnonzero(counts[0] <= max_seq_len)
         if len(kept) == 0:
             raise DataError(
@@ -136,15 +131,6 @@ class SFTDataset:
         return (self.render(int(ordinal)) for ordinal in self.kept)
 
 
-def _load_counts(path: Path, num_rows: int) -> NDArray[np.int32] | None:
-    """int32 (2, rows), lengths and trained tokens, mapped; None when there is no usable file."""
-    try:
-        counts: NDArray[np.int32] = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError):  # absent, or damaged: it is only a cache
-        return None
-    return counts if counts.shape == (2, num_rows) and counts.dtype == np.int32 else None
-
-
 def _count_rows(
     file: JsonlFile, renderer: Renderer, num_rows: int, progress: Callable[[int, int], None] | None
 ) -> NDArray[np.int32]:
@@ -165,26 +151,5 @@ def _count_rows(
         if progress is not None and (ordinal + 1) % PROGRESS_ROWS == 0:
             progress(ordinal + 1, num_rows)
     if num_problems:
-        raise DataError(_invalid_rows(file, problems, num_problems, num_rows))
+        raise DataError(invalid_rows(file, problems, num_problems, num_rows))
     return counts
-
-
-def _write_counts(path: Path, counts: NDArray[np.int32]) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".rows-") as temporary:
-            with (Path(temporary) / path.name).open("wb") as file:
-                np.save(file, counts)
-                file.flush()
-                os.fsync(file.fileno())
-            (Path(temporary) / path.name).replace(path)
-    except OSError as error:
-        raise DataError(
-            f"{path} cannot be written: {error.strerror}. Free space or make the folder writable."
-        ) from error
-
-
-def _invalid_rows(file: JsonlFile, problems: list[str], num_problems: int, num_rows: int) -> str:
-    more = num_problems - len(problems)
-    lines = [f"{num_problems} of {num_rows} rows of {file.path} cannot be used:", *(f"  - {p}" for p in problems)]
-    return "\n".join([*lines, f"  - and {more} more"] if more else lines)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from cookbook.data.dataset import SFTDataset
 from cookbook.data.epochs import EpochPlan
 
-__all__ = ["PreflightReport", "TokenQuantiles", "preflight_report"]
+__all__ = ["PreflightReport", "TokenQuantiles", "plural", "preflight_report", "table_markdown", "table_text"]
 
 _LENGTH_WARNING_SHARE = 0.05
 
@@ -31,7 +31,7 @@ class TokenQuantiles:
     max: int
 
     @classmethod
-    def of(cls, lengths: NDArray[np.int32]) -> TokenQuantiles:
+    def of(cls, lengths: NDArray[np.integer[Any]]) -> TokenQuantiles:
         """Of a non-empty array of lengths."""
         values = np.quantile(lengths, [0.0, 0.5, 0.9, 1.0], method="higher")
         return cls(*(int(value) for value in values))
@@ -83,16 +83,11 @@ class PreflightReport:
 
     def to_text(self) -> str:
         """Aligned lines for a terminal."""
-        table = self._table()
-        width = max(len(name) for name, _ in table)
-        lines = [f"  {name:<{width}}  {value}" for name, value in table]
-        return "\n".join(["Pre-flight", *lines, *(f"  warning: {warning}" for warning in self.warnings)])
+        return table_text(self._table(), self.warnings)
 
     def to_markdown(self) -> str:
         """A table and the warnings, for a Prefect artifact."""
-        rows = [f"| {name} | {_cell(value)} |" for name, value in self._table()]
-        warnings = [f"> **Warning:** {warning}\n" for warning in self.warnings]
-        return "\n".join(["## Pre-flight", "", *warnings, "| | |", "|---|---|", *rows]) + "\n"
+        return table_markdown(self._table(), self.warnings)
 
     def _table(self) -> list[tuple[str, str]]:
         quantiles = self.tokens
@@ -109,11 +104,11 @@ class PreflightReport:
             ("tokens in all", f"{self.trained_tokens:,} trained, {context * self.epochs:,} context"),
             (
                 "steps",
-                f"{self.total_steps:,} = {_plural(self.epochs, 'epoch')} x {self.steps_per_epoch:,} "
+                f"{self.total_steps:,} = {plural(self.epochs, 'epoch')} x {self.steps_per_epoch:,} "
                 f"(batches of {self.batch_size:,})",
             ),
             ("resume points", self._resume_text()),
-            ("evaluation", _plural(self.evaluation_rows, "row") if self.evaluation_rows else "none"),
+            ("evaluation", plural(self.evaluation_rows, "row") if self.evaluation_rows else "none"),
         ]
 
     def _named(self) -> str:
@@ -126,7 +121,7 @@ class PreflightReport:
             return "no resume point (dcp_save_interval is 0)"
         if self.resume_points == 0:
             return f"no resume point (dcp_save_interval is {self.dcp_save_interval:,}, the run has fewer steps)"
-        return f"{self.resume_points:,}, every {_plural(self.dcp_save_interval, 'step')}"
+        return f"{self.resume_points:,}, every {plural(self.dcp_save_interval, 'step')}"
 
 
 def preflight_report(
@@ -171,9 +166,24 @@ def _warnings(report: PreflightReport, dataset: SFTDataset, evaluation: SFTDatas
     return warnings
 
 
+def table_text(table: Sequence[tuple[str, str]], warnings: Sequence[str]) -> str:
+    """Aligned lines for a terminal."""
+    width = max(len(name) for name, _ in table)
+    lines = [f"  {name:<{width}}  {value}" for name, value in table]
+    return "\n".join(["Pre-flight", *lines, *(f"  warning: {warning}" for warning in warnings)])
+
+
+def table_markdown(table: Sequence[tuple[str, str]], warnings: Sequence[str]) -> str:
+    """A table and the warnings, for a Prefect artifact."""
+    rows = [f"| {name} | {_cell(value)} |" for name, value in table]
+    quoted = [f"> **Warning:** {warning}\n" for warning in warnings]
+    return "\n".join(["## Pre-flight", "", *quoted, "| | |", "|---|---|", *rows]) + "\n"
+
+
 def _cell(text: str) -> str:
     return text.replace("|", "\\|")
 
 
-def _plural(count: int, noun: str) -> str:
+def plural(count: int, noun: str) -> str:
+    """As "1 row", "2 rows"."""
     return f"{count:,} {noun}" + ("" if count == 1 else "s")

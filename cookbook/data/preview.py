@@ -1,4 +1,4 @@
-"""A row as the trainer will see it: its text with the trained tokens marked, for people to check before they train."""
+"""A row as the trainer or the sampler will see it, for people to check before they train."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ if TYPE_CHECKING:
     from rich.text import Text
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["preview"]
+    from cookbook.data.rl import RLRow
+
+__all__ = ["preview", "preview_prompt"]
 
 TRAINED_STYLE = "bold green underline"
 CONTEXT_STYLE = "dim"
@@ -39,6 +41,17 @@ def preview(rendered: RenderedRow, tokenizer: PreTrainedTokenizerBase) -> Text:
         text.append("\n")
     count, total = rendered.num_trained, len(tokens)
     return text.append(f"-- {count:,} of {total:,} tokens are trained ({count / total:.0%}), shown in [[ ]]")
+
+
+def preview_prompt(row: RLRow, tokenizer: PreTrainedTokenizerBase) -> Text:
+    """The prompt as the sampler gets it, and a line with its length and the row's other fields."""
+    from rich.text import Text
+
+    text = Text(str(tokenizer.decode(list(row.prompt_tokens), clean_up_tokenization_spaces=False)), CONTEXT_STYLE)
+    if not text.plain.endswith("\n"):
+        text.append("\n")
+    others = ", ".join(f"{key} = {value!r:.200}" for key, value in row.fields.items() if key != "messages")
+    return text.append(f"-- {len(row.prompt_tokens):,} tokens of prompt; {others or 'no other fields'}")
 
 
 def _stretches(flags: list[bool]) -> list[tuple[int, int]]:

@@ -124,14 +124,16 @@ class Renderer:
             raise DataError(f"{where} has no trained token: the trained message renders to nothing. Remove the row.")
         return rendered
 
-    def prompt_tokens(self, messages: Sequence[Mapping[str, Any]], where: str) -> NDArray[np.int32]:
+    def prompt_tokens(
+        self, messages: Sequence[Mapping[str, Any]], where: str, tools: Sequence[Mapping[str, Any]] | None = None
+    ) -> NDArray[np.int32]:
         """int32 tokens that a sampler is given to answer `messages`: the conversation and the assistant's header.
 
         Raises:
             DataError: as `render`.
         """
-        checked = check_messages({"messages": messages}, where)
-        text = self.template.render(checked, None, where, add_generation_prompt=True)
+        checked = check_messages({"messages": list(messages), "tools": tools}, where)
+        text = self.template.render(checked, tools, where, add_generation_prompt=True)
         return np.asarray(_encode(self.tokenizer, text), np.int32)
 
 

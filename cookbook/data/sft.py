@@ -7,12 +7,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from cookbook.config import SFTConfig
+from cookbook.data.context import context_limit
 from cookbook.data.dataset import Batch, SFTDataset
 from cookbook.data.epochs import EpochPlan, Position
 from cookbook.data.preflight import PreflightReport, preflight_report
 from cookbook.data.rendering import RenderedRow, Renderer
 from cookbook.errors import ConfigError, DataError, ModelError, Problem
-from cookbook.models import context_length, load_tokenizer, resolve_model
+from cookbook.models import load_tokenizer
 
 __all__ = ["SFTData", "load_sft_data"]
 
@@ -82,20 +83,8 @@ def _renderer_and_limit(config: SFTConfig, models_dir: Path, shape_context: int 
     try:
         tokenizer = load_tokenizer(config.tokenizer_model or config.base_model, models_dir)
         renderer = Renderer(tokenizer, config.train_on_what, config.renderer_name)
-        limits = {"training shape": shape_context} if shape_context is not None else {}
-        if config.backend == "embedded":
-            limits["model"] = context_length(resolve_model(config.base_model, models_dir))
+        return renderer, context_limit(config, models_dir, shape_context)
     except ModelError as error:
         raise ConfigError([Problem("tokenizer_model or base_model", str(error), "")]) from error
     except DataError as error:
         raise ConfigError([Problem("renderer_name or train_on_what", str(error), "")]) from error
-    owner = min(limits, key=lambda name: limits[name]) if limits else None
-    if config.max_seq_len is None:
-        if owner is None:
-            what = "is None, and neither a training shape nor a local model tells the context length."
-            raise ConfigError([Problem("max_seq_len", what, "Set it.")])
-        return renderer, limits[owner]
-    if owner is not None and config.max_seq_len > limits[owner]:
-        what = f"is {config.max_seq_len}, above the context length of the {owner}, {limits[owner]} tokens."
-        raise ConfigError([Problem("max_seq_len", what, "Lower it, or leave it out to use the whole context.")])
-    return renderer, config.max_seq_len

@@ -22,7 +22,7 @@ from cookbook.config import RunnerConfig
 from cookbook.errors import CheckpointError, ConfigError, CookbookError, DataError, ModelError, TrainerLost
 from cookbook.files import read_json, write_json
 from cookbook.tracking.metrics_file import MetricsFile
-from cookbook.tracking.sink import STEP_TOKENS, Metrics, Outcome, Sink, Start
+from cookbook.tracking.sink import STEP_TOKENS, TOTAL_STEPS, Metrics, Outcome, Sink, Start
 
 __all__ = ["RunnerFiles"]
 
@@ -81,7 +81,7 @@ class RunnerFiles(Sink):
 
     def log_step(self, step: int, metrics: Metrics) -> None:
         self._metrics.log_step(step, metrics)
-        self._step = step
+        self._step, self._total_steps = step, int(metrics.get(TOTAL_STEPS) or self._total_steps)
         self._tokens += int(metrics.get(STEP_TOKENS) or 0)
         if self._clock() - self._written >= MIN_INTERVAL_S:
             self._write_progress()

@@ -11,7 +11,18 @@ from dataclasses import dataclass
 
 from cookbook.summary import RunSummary
 
-__all__ = ["LEARNING_RATE", "LOSS", "STEP_TOKENS", "TOKENS_PER_S", "Metrics", "Outcome", "Sink", "Start"]
+__all__ = [
+    "LEARNING_RATE",
+    "LOSS",
+    "REWARD",
+    "STEP_TOKENS",
+    "TOKENS_PER_S",
+    "TOTAL_STEPS",
+    "Metrics",
+    "Outcome",
+    "Sink",
+    "Start",
+]
 
 LOSS = "train/loss"
 """Nats a token. A step whose metrics have it is an optimizer step; others are evaluations and the like."""
@@ -19,6 +30,10 @@ LEARNING_RATE = "train/learning_rate"
 STEP_TOKENS = "train/tokens"
 """Tokens of the step, context included."""
 TOKENS_PER_S = "perf/tokens_per_s"
+REWARD = "reward/mean"
+"""Mean reward of the step's completions."""
+TOTAL_STEPS = "train/total_steps"
+"""Steps of the whole run as of this step, where that changes: rejected rows make an RL run shorter."""
 
 Metrics = Mapping[str, float | None]
 """Name -> value; None = not measured in this step, and not written."""

@@ -11,7 +11,7 @@ from typing import TextIO
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from cookbook.tracking.sink import LEARNING_RATE, LOSS, TOKENS_PER_S, Metrics, Outcome, Sink, Start
+from cookbook.tracking.sink import LEARNING_RATE, LOSS, REWARD, TOKENS_PER_S, TOTAL_STEPS, Metrics, Outcome, Sink, Start
 
 __all__ = ["TerminalProgress", "numbers_text", "stderr_handlers", "step_text", "terminal_progress"]
 
@@ -34,7 +34,7 @@ class TerminalProgress(Sink):
         self._title = title
         self._stream = stream
         self._clock = clock
-        self._start = Start(0, 0, {})
+        self._total_steps = 0
         self._first: tuple[int, float] | None = None
         self._next: dict[str, float] = {}
 
@@ -43,17 +43,18 @@ class TerminalProgress(Sink):
             self.event(f"read {done:,} of {total:,} rows")
 
     def start(self, start: Start) -> None:
-        self._start = start
+        self._total_steps = start.total_steps
         if start.step:
             self.event(f"goes on after step {start.step:,} of {start.total_steps:,}")
 
     def log_step(self, step: int, metrics: Metrics) -> None:
-        is_last = step == self._start.total_steps
+        self._total_steps = int(metrics.get(TOTAL_STEPS) or self._total_steps)
+        is_last = step == self._total_steps
         if LOSS not in metrics:
             if self._due("numbers", is_last):
                 self.event(f"step {step:,}: {numbers_text(metrics)}")
         elif self._due("steps", is_last):
-            self.event(f"step {step:,} of {self._start.total_steps:,}: {step_text(metrics)}{self._eta(step)}")
+            self.event(f"step {step:,} of {self._total_steps:,}: {step_text(metrics)}{self._eta(step)}")
         if LOSS in metrics and self._first is None:
             self._first = (step, self._clock())
 
@@ -70,11 +71,11 @@ class TerminalProgress(Sink):
 
     def _eta(self, step: int) -> str:
         """The first step takes longer than the others, so the pace is measured from its end."""
-        if self._first is None or step == self._start.total_steps:
+        if self._first is None or step == self._total_steps:
             return ""
         first, at = self._first
         pace = (self._clock() - at) / (step - first)
-        return f", eta {duration_text(pace * (self._start.total_steps - step))}"
+        return f", eta {duration_text(pace * (self._total_steps - step))}"
 
 
 class _Bar(Sink):
@@ -98,7 +99,8 @@ class _Bar(Sink):
         if LOSS not in metrics:
             self.event(f"step {step:,}: {numbers_text(metrics)}")
         elif self._progress is not None:
-            self._progress.update(self._task, completed=step, numbers=step_text(metrics))
+            total = metrics.get(TOTAL_STEPS)
+            self._progress.update(self._task, completed=step, total=total, numbers=step_text(metrics))
 
     def event(self, text: str) -> None:
         self._console.print(f"{self._title}  {text}", markup=False)
@@ -142,8 +144,10 @@ class _Bar(Sink):
 
 
 def step_text(metrics: Metrics) -> str:
-    """Loss, learning rate and speed of a step, as far as they were measured."""
+    """Reward, loss, learning rate and speed of a step, as far as they were measured."""
     parts = []
+    if (reward := metrics.get(REWARD)) is not None:
+        parts.append(f"reward {reward:.3f}")
     if (loss := metrics.get(LOSS)) is not None:
         parts.append(f"loss {loss:.4f}")
     if (rate := metrics.get(LEARNING_RATE)) is not None:

@@ -1,4 +1,4 @@
-"""A worker process that only echoes: it keeps the contract of a trainer's process towards the control plane
+"""A worker process that only echoes: it keeps the contract of a worker towards the control plane
 (worker.lock, worker.json, exit.json, healthz) and lets a test see what the proxy passes on.
 
 Run as `python echo_worker.py JOB_DIR`.
@@ -76,6 +76,23 @@ async def hold(request: Request) -> Response:
     return Response()
 
 
+async def complete(request: Request) -> Response:
+    """A completion: its body comes back. With `hold` it has no end, with `stream` it comes in two pieces."""
+    body = await request.json()
+    if body.get("hold"):
+        return await hold(request)
+    if not body.get("stream"):
+        return JSONResponse({"body": body, "raw_path": request.scope["raw_path"].decode()})
+
+    async def pieces() -> AsyncIterator[bytes]:
+        yield b"data: 1\n\n"
+        while not (JOB_DIR / "go").exists():
+            await asyncio.sleep(0.01)
+        yield b"data: [DONE]\n\n"
+
+    return StreamingResponse(pieces(), media_type="text/event-stream")
+
+
 async def break_off(_request: Request) -> Response:
     """Die in the middle of an answer."""
 
@@ -103,6 +120,8 @@ def main() -> None:
         Route("/api/v1/drip", drip),
         Route("/api/v1/hold", hold, methods=["POST"]),
         Route("/api/v1/break_off", break_off),
+        Route("/v1/completions", complete, methods=["POST"]),
+        Route("/v1/chat/completions", complete, methods=["POST"]),
         Route("/{path:path}", mirror, methods=["GET", "POST", "PUT", "DELETE"]),
     ]
     listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)  # else asyncio sets no TCP_NODELAY

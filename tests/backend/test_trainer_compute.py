@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, MistralConfig
 
 from cookbook.backend.decoder import HuggingFaceDecoder
 from cookbook.backend.trainer import compute
@@ -174,3 +176,133 @@ def test_micro_batches_keep_the_budget_and_every_row() -> None:
     assert sorted(row for group in groups for row in group) == list(range(7))
     assert groups == [[5], [1], [2, 3, 4, 0, 6]]
     assert all(len(group) == 1 or len(group) * max(lengths[row] for row in group) <= 60 for group in groups)
+
+
+def make_groups(sizes: tuple[tuple[int, tuple[int, ...]], ...], seed: int = 0) -> list[Datum]:
+    """Datums for ppo: for each size a prompt of that many tokens, with completions of these lengths; shuffled."""
+    generator = torch.Generator().manual_seed(seed)
+    data = []
+    for prompt_length, lengths in sizes:
+        prompt = torch.randint(260, (prompt_length,), generator=generator)
+        for length in lengths:
+            tokens = torch.cat([prompt, torch.randint(260, (length,), generator=generator)])
+            is_completion = torch.arange(1, len(tokens)) >= prompt_length
+            inputs = {
+                "old_logprobs": -5 * torch.rand(len(tokens) - 1, generator=generator) * is_completion,
+                "advantages": torch.randn(1, generator=generator) * is_completion,
+            }
+            data.append(Datum(tokens[:-1], tokens[1:], inputs))
+    return [data[row] for row in torch.randperm(len(data), generator=generator).tolist()]
+
+
+GROUPS = ((20, (6, 9, 2, 12)), (31, (5, 5, 5)), (3, (17,)), (40, (2, 30)))
+
+
+def count_positions(decoder: HuggingFaceDecoder) -> list[int]:
+    """Filled with the number of positions of each pass through the transformer."""
+    counts: list[int] = []
+    transformer = decoder.model.model
+
+    def count(module: object, arguments: object, keywords: dict[str, Tensor]) -> None:
+        counts.append(keywords["input_ids"].numel())
+
+    transformer.register_forward_pre_hook(count, with_kwargs=True)
+    return counts
+
+
+@pytest.mark.parametrize("limits", ["whole", "pieces"])
+def test_completions_of_one_prompt_give_the_same_gradients_with_the_prompt_computed_once(
+    tiny: Path, decoder: HuggingFaceDecoder, limits: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if limits == "pieces":  # groups are cut, and so is the head
+        monkeypatch.setattr(compute, "TOKENS_PER_MICRO_BATCH", 40)
+        monkeypatch.setattr(compute, "_LOGITS_PER_CHUNK", 5 * decoder.vocab_size)
+    data = make_groups(GROUPS)
+    logprobs, loss, gradients = reference(tiny, data, "ppo")
+    counts = count_positions(decoder)
+    result = forward_backward(decoder, data, KERNELS["ppo"], KERNELS["ppo"].check_config({}))
+    if limits == "whole":
+        assert sum(counts) == sum(len(d.tokens) for d in data) - 3 * 20 - 2 * 31 - 40
+    assert sum(counts) < sum(len(d.tokens) for d in data)
+    assert result.metrics["loss:sum"] == pytest.approx(loss, rel=1e-5)
+    for ours, theirs in zip(result.logprobs, logprobs, strict=True):
+        assert torch.allclose(ours, theirs, atol=1e-5)
+    for name, parameter in decoder.model.named_parameters():
+        assert torch.allclose(parameter.grad, gradients[name], atol=1e-5 * gradients[name].abs().max()), name
+
+
+def test_shared_and_unshared_passes_agree_in_bfloat16_as_far_as_bfloat16_goes(tiny: Path) -> None:
+    data, runs = make_groups(GROUPS), []
+    for shares in (True, False):
+        decoder = HuggingFaceDecoder.load(tiny, "bfloat16")
+        assert decoder.shares_prefixes
+        decoder.shares_prefixes = shares
+        decoder.model.requires_grad_(True)
+        result = forward_backward(decoder, data, KERNELS["ppo"], KERNELS["ppo"].check_config({}))
+        runs.append((torch.cat(result.logprobs), [p.grad.flatten() for p in decoder.model.parameters()]))
+    assert (runs[0][0] - runs[1][0]).abs().max() < 0.05
+    for one, two in zip(runs[0][1], runs[1][1], strict=True):
+        assert torch.cosine_similarity(one, two, dim=0) > 0.999
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_rows_without_a_large_common_prefix_give_the_same_bits_as_without_sharing(tiny: Path, dtype: Any) -> None:
+    data = make_data("cross_entropy", (20, 30, 5, 30))
+    system = torch.arange(6)  # as a short system prompt: too small a share of each row
+    data = [
+        Datum(torch.cat([system, d.tokens]), torch.cat([system, d.targets]), {"weights": torch.ones(len(d.tokens) + 6)})
+        for d in data
+    ]
+    runs = []
+    for shares in (True, False):
+        decoder = HuggingFaceDecoder.load(tiny, dtype)
+        if not shares:
+            decoder.shares_prefixes = False
+            decoder.model.set_attn_implementation("sdpa")
+        decoder.model.requires_grad_(True)
+        result = forward_backward(decoder, data, KERNELS["cross_entropy"], {})
+        runs.append([*result.logprobs, *(parameter.grad for parameter in decoder.model.parameters())])
+    assert all(torch.equal(one, two) for one, two in zip(*runs, strict=True))
+
+
+def test_weights_rounded_once_a_request_give_the_same_bits_and_are_rounded_anew_in_the_next(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compute, "TOKENS_PER_MICRO_BATCH", 24)
+    data = make_data("cross_entropy")
+    decoder = HuggingFaceDecoder.load(tiny, "bfloat16")
+    decoder.model.requires_grad_(True)
+    runs = []
+    for keeps in (True, False):
+        if not keeps:
+            monkeypatch.setattr(decoder, "fixed_weights", nullcontext)
+        decoder.model.zero_grad(set_to_none=True)
+        result = forward_backward(decoder, data, KERNELS["cross_entropy"], {})
+        runs.append([*result.logprobs, *(parameter.grad for parameter in decoder.model.parameters())])
+    assert all(torch.equal(one, two) for one, two in zip(*runs, strict=True))
+    monkeypatch.undo()
+    with torch.no_grad():
+        decoder.model.model.layers[0].mlp.up_proj.weight.mul_(2)
+    changed = forward(decoder, data, KERNELS["cross_entropy"], {})
+    assert not torch.allclose(changed.logprobs[0], runs[0][0], atol=1e-3)
+
+
+def test_windowed_attention_is_not_taken_for_plain_attention(tmp_path: Path) -> None:
+    config = MistralConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, sliding_window=16, pad_token_id=0, bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    decoder = HuggingFaceDecoder(AutoModelForCausalLM.from_config(config), "float32")
+    decoder.share_prefixes()
+    assert not decoder.shares_prefixes
+
+
+def test_attention_that_is_found_different_by_a_try_is_not_replaced(tiny: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny)
+    for layer in model.model.layers:
+        plain = layer.self_attn.forward
+        layer.self_attn.forward = lambda *args, plain=plain, forest=None, **kwargs: plain(*args, **kwargs)
+    decoder = HuggingFaceDecoder(model, "float32")
+    decoder.share_prefixes()
+    assert not decoder.shares_prefixes
+    assert model.config._attn_implementation == "sdpa"

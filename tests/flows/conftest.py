@@ -15,7 +15,7 @@ import httpx
 import pytest
 
 from cookbook import embedded
-from tests.flows.helpers import finish, sft_parameters, start, write_rows
+from tests.flows.helpers import finish, rl_parameters, sft_parameters, start, write_prompts, write_rows
 from tests.tiny_model import make_tiny_model
 
 
@@ -119,3 +119,25 @@ def undisturbed(
         output_model_id="tiny-{run_id}",
     )
     return parameters, finish(start(parameters, environment))
+
+
+@pytest.fixture(scope="session")
+def prompts_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """24 prompts."""
+    return write_prompts(tmp_path_factory.mktemp("prompts") / "train.jsonl")
+
+
+@pytest.fixture(scope="session")
+def rl_undisturbed(
+    environment: dict[str, str], tiny_model: Path, prompts_file: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """An RL run from start to end: its parameters and its summary."""
+    folder = tmp_path_factory.mktemp("rl-undisturbed")
+    parameters = rl_parameters(
+        folder / "run",
+        tiny_model,
+        prompts_file,
+        evaluation={"dataset": str(prompts_file), "max_rows": 6, "num_samples": 3},
+        output_model_id="tiny-{run_id}",
+    )
+    return parameters, finish(start(parameters, environment, recipe="rl"))

@@ -39,12 +39,41 @@ def sft_parameters(log_path: Path, model: Path, rows: Path, **fields: Any) -> di
     }
 
 
-def start(parameters: dict[str, Any], environment: dict[str, str]) -> subprocess.Popen[str]:
-    """`cookbook run sft --json` with these parameters, as a process."""
+def write_prompts(path: Path, num_rows: int = 24) -> Path:
+    """RL rows; their number is in the field `number`."""
+    rows = [
+        {"messages": [{"role": "user", "content": f"{n}?"}], "ground_truth": str(n), "number": n}
+        for n in range(num_rows)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def rl_parameters(log_path: Path, model: Path, rows: Path, **fields: Any) -> dict[str, Any]:
+    """A whole RL config as plain data, for the tiny model in float32."""
+    arguments = ["--compute-dtype=float32", "--threads=1"]
+    return {
+        "log_path": str(log_path),
+        "base_model": str(model),
+        "dataset": str(rows),
+        "reward": "tests.flows.rewards:vowels",
+        "prompt_groups_per_step": 4,
+        "completions_per_prompt": 4,
+        "max_completion_tokens": 8,
+        "learning_rate": 1e-2,
+        "weight_sync": {"dcp_save_interval": 2},
+        "infra": {"extra_args": arguments},
+        "deployment": {"deployment_extra_args": arguments},
+        **fields,
+    }
+
+
+def start(parameters: dict[str, Any], environment: dict[str, str], recipe: str = "sft") -> subprocess.Popen[str]:
+    """`cookbook run RECIPE --json` with these parameters, as a process."""
     log_path = Path(parameters["log_path"])
     config = log_path.with_suffix(".yaml")
     config.write_text(json.dumps(parameters))  # JSON is YAML
-    command = [sys.executable, "-m", "cookbook.cli", "run", "sft", "--config", str(config), "--json"]
+    command = [sys.executable, "-m", "cookbook.cli", "run", recipe, "--config", str(config), "--json"]
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 

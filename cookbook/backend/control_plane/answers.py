@@ -18,7 +18,17 @@ from starlette.responses import Response
 
 from cookbook.errors import CookbookError
 
-__all__ = ["ApiError", "Code", "JsonAnswer", "error_answer", "error_body", "handlers", "json_object", "rfc3339"]
+__all__ = [
+    "ApiError",
+    "Code",
+    "JsonAnswer",
+    "error_answer",
+    "error_body",
+    "failed_status",
+    "handlers",
+    "json_object",
+    "rfc3339",
+]
 
 
 class Code(Enum):
@@ -82,6 +92,11 @@ def error_body(code: Code, message: str) -> dict[str, Any]:
 def error_answer(code: Code, message: str) -> JsonAnswer:
     """An error as a response."""
     return JsonAnswer(error_body(code, message), status_code=code.http)
+
+
+def failed_status(message: str) -> dict[str, Any]:
+    """The `status` of a resource that has failed."""
+    return {"code": Code.INTERNAL.grpc, "message": message, "details": []}
 
 
 async def json_object(request: Request) -> dict[str, Any]:

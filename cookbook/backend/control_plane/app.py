@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
 import httpx
@@ -16,13 +16,24 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from cookbook.backend.control_plane import answers, checkpoints, jobs, models, promotion, shapes, status
+from cookbook.backend.control_plane import (
+    answers,
+    checkpoints,
+    deployments,
+    inference,
+    jobs,
+    models,
+    promotion,
+    shapes,
+    status,
+)
 from cookbook.backend.control_plane.auth import Activity, Gate
 from cookbook.backend.control_plane.context import ACCOUNT, Plane
+from cookbook.backend.control_plane.hot_load import to_hot_load
 from cookbook.backend.control_plane.lifecycle import Lifecycle
 from cookbook.backend.control_plane.promotion import Promotions
-from cookbook.backend.control_plane.proxy import PROXY_TIMEOUT, Proxy
-from cookbook.backend.control_plane.store import LIVE_STATES, Store
+from cookbook.backend.control_plane.proxy import PROXY_TIMEOUT, Proxy, to_trainer
+from cookbook.backend.control_plane.store import LIVE_STATES, Kind, Store
 from cookbook.backend.paths import BackendPaths
 
 __all__ = ["build_app"]
@@ -32,7 +43,9 @@ logger = logging.getLogger(__name__)
 _IDLE_CHECK_S = 1.0
 _ACCOUNT = "/v1/accounts/{account}"
 _JOBS = f"{_ACCOUNT}/rlorTrainerJobs"
+_DEPLOYMENTS = f"{_ACCOUNT}/deployments"
 _SHAPE_VERSIONS = f"{_ACCOUNT}/trainingShapes/{{shape}}/versions"
+_DEPLOYMENT_SHAPE = f"{_ACCOUNT}/deploymentShapes/{{shape}}"
 
 
 def build_app(paths: BackendPaths, *, token: str, idle_timeout_s: float, stop: Callable[[], None]) -> Starlette:
@@ -45,23 +58,25 @@ def build_app(paths: BackendPaths, *, token: str, idle_timeout_s: float, stop: C
         # trust_env: a proxy for the web must not see what goes to our own workers.
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=64, keepalive_expiry=2.0)
         async with httpx.AsyncClient(trust_env=False, verify=False, timeout=PROXY_TIMEOUT, limits=limits) as client:
-            lifecycle = Lifecycle(paths, store, client, token)
             plane = Plane(
                 paths=paths,
                 store=store,
-                lifecycle=lifecycle,
+                trainers=Lifecycle(Kind.TRAINER, paths.job_dir, store, client, token),
+                deployments=Lifecycle(Kind.DEPLOYMENT, paths.deployment_dir, store, client, token),
                 promotions=Promotions(paths, store),
-                proxy=Proxy(store, lifecycle, client, token),
+                proxy=Proxy(client, token),
                 stop=stop,
                 started=time.time(),
             )
             app.state.plane = plane
-            lifecycle.reattach()
+            plane.trainers.reattach()
+            plane.deployments.reattach()
             plane.promotions.restart_unfinished()
             idle_watch = asyncio.create_task(_stop_when_idle(plane, activity, idle_timeout_s))
             yield
             idle_watch.cancel()
-            await lifecycle.stop_all("the embedded backend was stopped")
+            stopped = "the embedded backend was stopped"
+            await asyncio.gather(plane.trainers.stop_all(stopped), plane.deployments.stop_all(stopped))
         store.close()
 
     return Starlette(
@@ -90,18 +105,20 @@ async def _list_accounts(_request: Request) -> Response:
 class _ToWorker:
     """Hands a request to the proxy. A class, because Starlette expects a function to return a response."""
 
+    def __init__(self, forward: Callable[[Scope, Receive, Send], Awaitable[None]]) -> None:
+        self._forward = forward
+
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        plane: Plane = scope["app"].state.plane
-        await plane.proxy(scope, receive, send)
+        await self._forward(scope, receive, send)
 
 
 def _routes() -> list[Route]:
     """First match wins: the methods of a resource (`{job}:resume`) stand before the resource (`{job}`)."""
-    get, post, delete = ["GET"], ["POST"], ["DELETE"]
+    get, post, patch, delete = ["GET"], ["POST"], ["PATCH"], ["DELETE"]
     return [
         Route("/cookbook/v1/status", status.get_status, methods=get),
         Route("/cookbook/v1/stop", status.post_stop, methods=post),
-        Route("/training/v1/rlorTrainerJobs/{account}/{job}/{path:path}", _ToWorker()),
+        Route("/training/v1/rlorTrainerJobs/{account}/{job}/{path:path}", _ToWorker(to_trainer)),
         Route("/v1/accounts", _list_accounts, methods=get),
         Route(_JOBS, jobs.create_job, methods=post),
         Route(_JOBS, jobs.list_jobs, methods=get),
@@ -112,6 +129,18 @@ def _routes() -> list[Route]:
         Route(f"{_JOBS}/{{job}}", jobs.delete_job, methods=delete),
         Route(_SHAPE_VERSIONS, shapes.list_shape_versions, methods=get),
         Route(f"{_SHAPE_VERSIONS}/{{version}}", shapes.get_shape_version, methods=get),
+        Route("/inference/v1/completions", _ToWorker(inference.to_deployment), methods=post),
+        Route("/inference/v1/chat/completions", _ToWorker(inference.to_deployment), methods=post),
+        Route("/inference/v1/models", inference.list_served, methods=get),
+        Route("/hot_load/v1/models/hot_load", _ToWorker(to_hot_load), methods=get + post),
+        Route(_DEPLOYMENTS, deployments.create_deployment, methods=post),
+        Route(_DEPLOYMENTS, deployments.list_deployments, methods=get),
+        Route(f"{_DEPLOYMENTS}/{{deployment}}", deployments.get_deployment, methods=get),
+        Route(f"{_DEPLOYMENTS}/{{deployment}}", deployments.update_deployment, methods=patch),
+        Route(f"{_DEPLOYMENTS}/{{deployment}}", deployments.delete_deployment, methods=delete),
+        Route(f"{_DEPLOYMENT_SHAPE}/versions", shapes.list_deployment_shape_versions, methods=get),
+        Route(f"{_DEPLOYMENT_SHAPE}/versions/{{version}}", shapes.get_deployment_shape_version, methods=get),
+        Route(_DEPLOYMENT_SHAPE, shapes.get_deployment_shape, methods=get),
         Route(f"{_ACCOUNT}/checkpoints/{{checkpoint}}:promote", promotion.promote_checkpoint, methods=post),
         Route(f"{_ACCOUNT}/operations/{{operation}}", promotion.get_operation, methods=get),
         Route(f"{_ACCOUNT}/models", models.list_models, methods=get),

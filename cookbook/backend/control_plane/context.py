@@ -28,7 +28,8 @@ class Plane:
 
     paths: BackendPaths
     store: Store
-    lifecycle: Lifecycle
+    trainers: Lifecycle
+    deployments: Lifecycle
     promotions: Promotions
     proxy: Proxy
     stop: Callable[[], None]

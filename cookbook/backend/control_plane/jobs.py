@@ -7,7 +7,7 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
-from cookbook.backend.control_plane.answers import ApiError, Code, JsonAnswer, json_object, rfc3339
+from cookbook.backend.control_plane.answers import ApiError, Code, JsonAnswer, failed_status, json_object, rfc3339
 from cookbook.backend.control_plane.context import Plane, plane_of
 from cookbook.backend.control_plane.job_request import job_name, read_job_request
 from cookbook.backend.control_plane.models import resolve_base_model
@@ -17,8 +17,6 @@ __all__ = ["cancel_job", "create_job", "delete_job", "existing_job", "get_job", 
 
 _START_GRACE_S = 30.0
 """How long create and :resume wait for the worker, so that the first GET says RUNNING. Clients poll every 5 s."""
-
-_FAILED_CODE = 13  # gRPC INTERNAL, in the status of a FAILED job
 
 
 async def create_job(request: Request) -> Response:
@@ -32,22 +30,22 @@ async def create_job(request: Request) -> Response:
             Code.ALREADY_EXISTS,
             f"trainer job {job.job_id} exists already ({state}). Use it (:resume when it has stopped), or another id.",
         )
-    plane.lifecycle.launch(job)
-    return JsonAnswer(_resource(plane, await plane.lifecycle.settled(job.job_id, _START_GRACE_S)))
+    plane.trainers.launch(job)
+    return JsonAnswer(_resource(plane, await plane.trainers.settled(job.job_id, _START_GRACE_S)))
 
 
 async def get_job(request: Request) -> Response:
     """GET rlorTrainerJobs/{job}: 200 for a deleted one too, in state JOB_STATE_DELETED."""
     plane = plane_of(request)
-    job = existing_job(plane, request.path_params["job"])
-    return JsonAnswer(_resource(plane, plane.lifecycle.look(job.job_id)))
+    return JsonAnswer(_resource(plane, existing_job(plane, request.path_params["job"])))
 
 
 async def list_jobs(request: Request) -> Response:
     """GET rlorTrainerJobs: every job there ever was, oldest first, on one page."""
     plane = plane_of(request)
-    jobs = [plane.lifecycle.look(job.job_id) for job in plane.store.jobs()]
-    return JsonAnswer({"rlorTrainerJobs": [_resource(plane, job) for job in jobs], "nextPageToken": ""})
+    return JsonAnswer(
+        {"rlorTrainerJobs": [_resource(plane, job) for job in plane.trainers.jobs()], "nextPageToken": ""}
+    )
 
 
 async def resume_job(request: Request) -> Response:
@@ -59,8 +57,8 @@ async def resume_job(request: Request) -> Response:
             Code.FAILED_PRECONDITION, f"trainer job {job.job_id} was deleted and cannot be resumed. Create another one."
         )
     resolve_base_model(plane.paths.models, job.spec["base_model"])  # it may be gone since the job was created
-    await plane.lifecycle.resume(job.job_id)
-    return JsonAnswer(_resource(plane, await plane.lifecycle.settled(job.job_id, _START_GRACE_S)))
+    await plane.trainers.resume(job.job_id)
+    return JsonAnswer(_resource(plane, await plane.trainers.settled(job.job_id, _START_GRACE_S)))
 
 
 async def cancel_job(request: Request) -> Response:
@@ -68,7 +66,7 @@ async def cancel_job(request: Request) -> Response:
     plane = plane_of(request)
     job = existing_job(plane, request.path_params["job"])
     return JsonAnswer(
-        _resource(plane, await plane.lifecycle.end(job.job_id, JobState.CANCELLED, "cancelled on request"))
+        _resource(plane, await plane.trainers.end(job.job_id, JobState.CANCELLED, "cancelled on request"))
     )
 
 
@@ -76,17 +74,17 @@ async def delete_job(request: Request) -> Response:
     """DELETE rlorTrainerJobs/{job}: answered when the worker has ended. The id stays taken, checkpoints stay."""
     plane = plane_of(request)
     job = existing_job(plane, request.path_params["job"])
-    await plane.lifecycle.end(job.job_id, JobState.DELETED, "deleted on request; its checkpoints are kept")
+    await plane.trainers.end(job.job_id, JobState.DELETED, "deleted on request; its checkpoints are kept")
     return JsonAnswer({})
 
 
 def existing_job(plane: Plane, job_id: str) -> Job:
-    """The job with an id.
+    """The job with an id, as it is now.
 
     Raises:
         ApiError: there is none (404).
     """
-    job = plane.store.job(job_id)
+    job = plane.trainers.look(job_id)
     if job is None:
         raise ApiError(Code.NOT_FOUND, f"there is no trainer job {job_id!r}. Create it, or look at the list of jobs.")
     return job
@@ -112,5 +110,5 @@ def _resource(plane: Plane, job: Job) -> dict[str, Any]:
         },
     }
     if job.state == JobState.FAILED:
-        resource["status"] = {"code": _FAILED_CODE, "message": job.status_message, "details": []}
+        resource["status"] = failed_status(job.status_message)
     return resource

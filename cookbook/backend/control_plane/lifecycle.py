@@ -1,6 +1,7 @@
-"""The life of trainer jobs: starting workers, watching them, and recording in the store what became of them.
+"""The life of jobs of one kind: starting workers, watching them, and recording in the store what became of them.
 
-Not here: reading requests (job_request.py), HTTP (jobs.py), processes (workers.py).
+Not here: reading requests (job_request.py, deployment_request.py), HTTP (jobs.py, deployments.py), processes
+(workers.py).
 """
 
 from __future__ import annotations
@@ -11,13 +12,15 @@ import logging
 import subprocess
 import time
 from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 
 import httpx
 
 from cookbook.backend.control_plane import workers
 from cookbook.backend.control_plane.store import LIVE_STATES, Job, JobState, Store
 from cookbook.backend.control_plane.workers import WorkerRecord
-from cookbook.backend.paths import BackendPaths
 
 __all__ = ["Lifecycle"]
 
@@ -30,14 +33,17 @@ _HEALTH_TIMEOUT_S = 2.0
 
 
 class Lifecycle:
-    """All trainer jobs of one control plane.
+    """All trainer jobs, or all deployments, of one control plane. `folder` says where the files of a job lie.
 
     What is recorded comes first: a state is stored before the processes are made to agree with it, and `reattach` makes
     them agree again after a kill in between.
     """
 
-    def __init__(self, paths: BackendPaths, store: Store, client: httpx.AsyncClient, token: str) -> None:
-        self._paths = paths
+    def __init__(
+        self, kind: str, folder: Callable[[str], Path], store: Store, client: httpx.AsyncClient, token: str
+    ) -> None:
+        self._kind = kind
+        self._folder = folder
         self._store = store
         self._client = client
         self._token = token
@@ -52,24 +58,25 @@ class Lifecycle:
             watch.cancel()
         job = self._store.set_worker(job, None)
         try:
-            child = workers.start(self._paths.job_dir(job.job_id), job.spec, kind="trainer", token=self._token)
+            child = workers.start(self._folder(job.job_id), job.spec, kind=self._kind, token=self._token)
         except OSError as error:
-            self._store.set_state(job, JobState.FAILED, f"the trainer's process could not be started: {error}")
+            self._store.set_state(job, JobState.FAILED, f"the {self._kind}'s process could not be started: {error}")
             return
         self._children[job.job_id] = child
         self._workers.pop(job.job_id, None)
         job = self._store.set_worker(job, child.pid)
-        logger.info("job %s: started worker %d", job.job_id, child.pid)
+        logger.info("%s %s: started worker %d", self._kind, job.job_id, child.pid)
         self._watches[job.job_id] = asyncio.create_task(self._watch(job.job_id))
 
     async def settled(self, job_id: str, timeout_s: float) -> Job:
         """The job once it has left CREATING, or as it is after `timeout_s`."""
         deadline = time.monotonic() + timeout_s
-        while True:
-            job = self._job(job_id)
-            if job.state != JobState.CREATING or time.monotonic() >= deadline:
-                return job
+        job = self._job(job_id)
+        while job.state == JobState.CREATING and time.monotonic() < deadline:
             await asyncio.sleep(_STARTING_POLL_S)
+            # None: removed meanwhile.
+            job = self._store.job(job_id, self._kind) or replace(job, state=JobState.DELETED)
+        return job
 
     async def resume(self, job_id: str) -> Job:
         """Start a stopped job again, with a new worker. A job that is live already stays as it is."""
@@ -81,33 +88,48 @@ class Lifecycle:
             return self._job(job_id)
 
     async def end(self, job_id: str, state: str, message: str) -> Job:
-        """Record that a job is over (CANCELLED or DELETED), then end its worker.
+        """Record that a job is over (CANCELLED, FAILED or DELETED), then end its worker.
 
         A job that is over keeps its state and message when it is cancelled; a DELETED one stays DELETED.
         """
         async with self._guards[job_id]:
-            job = self._job(job_id)
-            if job.state != JobState.DELETED and (job.is_live or state == JobState.DELETED):
-                job = self._store.set_state(job, state, message)
-                logger.info("job %s: %s, %s", job_id, state, message)
-            await self._end_worker(job)
-            return job
+            return await self._end(self._job(job_id), state, message)
+
+    async def remove(self, job: Job) -> None:
+        """End a job's worker and forget the job: its id is free again, its folder stays."""
+        async with self._guards[job.job_id]:
+            found = self._store.job(job.job_id, self._kind)
+            if found is None or found.created != job.created:  # somebody else was faster, and may have made it anew
+                return
+            await self._end(found, JobState.DELETED, "removed on request")
+            if (watch := self._watches.pop(job.job_id, None)) is not None:
+                watch.cancel()
+            self._store.remove_job(found)
 
     def worker(self, job_id: str) -> WorkerRecord | None:
         """Where the worker of a job answers, or None while it is starting or when there is none."""
         return self._workers.get(job_id)
 
-    def look(self, job_id: str) -> Job:
-        """The job as it is now: when its worker has died, that is recorded first."""
-        job = self._job(job_id)
-        if not job.is_live or workers.is_alive(self._paths.job_dir(job_id)):
+    def job(self, job_id: str) -> Job | None:
+        """The job as it is recorded, None when there is none."""
+        return self._store.job(job_id, self._kind)
+
+    def look(self, job_id: str) -> Job | None:
+        """The job as it is now, None when there is none: when its worker has died, that is recorded first."""
+        job = self._store.job(job_id, self._kind)
+        if job is None or not job.is_live or workers.is_alive(self._folder(job_id)):
             return job
         return self._record_end(job)
 
+    def jobs(self) -> list[Job]:
+        """All jobs as they are now, oldest first."""
+        looked = [self.look(job.job_id) for job in self._store.jobs(kind=self._kind)]
+        return [job for job in looked if job is not None]
+
     def reattach(self) -> None:
         """Take up the jobs of an earlier control plane: watch live workers, record dead ones, end unwanted ones."""
-        for job in self._store.jobs():
-            alive = workers.is_alive(self._paths.job_dir(job.job_id))
+        for job in self._store.jobs(kind=self._kind):
+            alive = workers.is_alive(self._folder(job.job_id))
             if job.is_live:
                 if alive:
                     # CREATING until it has answered: its record may be missing still.
@@ -118,7 +140,8 @@ class Lifecycle:
 
     async def stop_all(self, message: str) -> None:
         """End every live job, side by side."""
-        ends = [self.end(job.job_id, JobState.CANCELLED, message) for job in self._store.jobs(LIVE_STATES)]
+        live = self._store.jobs(LIVE_STATES, kind=self._kind)
+        ends = [self.end(job.job_id, JobState.CANCELLED, message) for job in live]
         for error in await asyncio.gather(*ends, return_exceptions=True):
             if isinstance(error, BaseException):
                 logger.error("while stopping: %s", error)
@@ -128,20 +151,21 @@ class Lifecycle:
     async def _watch(self, job_id: str) -> None:
         """Follow one worker from its start to its end."""
         give_up = time.monotonic() + _START_TIMEOUT_S
-        while (job := self.look(job_id)).is_live:
+        while (job := self.look(job_id)) is not None and job.is_live:
             if job.state == JobState.RUNNING:
                 await asyncio.sleep(_RUNNING_POLL_S)
             elif (record := await self._answering(job_id)) is not None:
                 self._record_ready(job_id, record)
             elif time.monotonic() >= give_up:
-                self._store.set_state(job, JobState.FAILED, f"the trainer was not ready after {_START_TIMEOUT_S:.0f} s")
-                await self._end_worker(job)
+                await self.end(
+                    job_id, JobState.FAILED, f"the {self._kind} was not ready after {_START_TIMEOUT_S:.0f} s"
+                )
             else:
                 await asyncio.sleep(_STARTING_POLL_S)
 
     async def _answering(self, job_id: str) -> WorkerRecord | None:
         """The worker's record when it answers its health check, else None."""
-        record = workers.read_record(self._paths.job_dir(job_id))
+        record = workers.read_record(self._folder(job_id))
         if record is None:
             return None
         with contextlib.suppress(httpx.HTTPError):
@@ -153,24 +177,31 @@ class Lifecycle:
         return None
 
     def _record_ready(self, job_id: str, record: WorkerRecord) -> None:
-        job = self._job(job_id)
-        if job.state == JobState.CREATING:  # not cancelled while the health check was under way
+        job = self._store.job(job_id, self._kind)
+        if job is not None and job.state == JobState.CREATING:  # not cancelled while the health check was under way
             self._workers[job_id] = record
             self._store.set_state(job, JobState.RUNNING, "")
-            logger.info("job %s: running on port %d", job_id, record.port)
+            logger.info("%s %s: running on port %d", self._kind, job_id, record.port)
 
     def _record_end(self, job: Job) -> Job:
         self._workers.pop(job.job_id, None)
-        end = workers.end_of(self._paths.job_dir(job.job_id), self._reap(job.job_id))
-        logger.info("job %s: %s", job.job_id, end.message)
+        end = workers.end_of(self._folder(job.job_id), self._reap(job.job_id), kind=self._kind)
+        logger.info("%s %s: %s", self._kind, job.job_id, end.message)
         return self._store.set_state(job, JobState.CANCELLED if end.on_purpose else JobState.FAILED, end.message)
+
+    async def _end(self, job: Job, state: str, message: str) -> Job:
+        if job.state != JobState.DELETED and (job.is_live or state == JobState.DELETED):
+            job = self._store.set_state(job, state, message)
+            logger.info("%s %s: %s, %s", self._kind, job.job_id, state, message)
+        await self._end_worker(job)
+        return job
 
     async def _end_worker(self, job: Job) -> None:
         self._workers.pop(job.job_id, None)
         try:
-            await workers.terminate(self._paths.job_dir(job.job_id), job.worker_pid)
+            await workers.terminate(self._folder(job.job_id), job.worker_pid)
         except TimeoutError as error:
-            logger.error("job %s: %s", job.job_id, error)
+            logger.error("%s %s: %s", self._kind, job.job_id, error)
         self._reap(job.job_id)
 
     def _reap(self, job_id: str) -> int | None:
@@ -183,6 +214,6 @@ class Lifecycle:
         return None
 
     def _job(self, job_id: str) -> Job:
-        job = self._store.job(job_id)
+        job = self._store.job(job_id, self._kind)
         assert job is not None, job_id
         return job

@@ -33,11 +33,13 @@ _CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "max_sequence_length"
 _MODEL_NAME = re.compile(r"accounts/local/models/([A-Za-z0-9][A-Za-z0-9._-]*)")
 
 
-def resolve_base_model(models_dir: Path, base_model: object) -> Path:
-    """The folder that a trainer loads for a `baseModel`: `accounts/local/models/<id>` or an absolute folder.
+def resolve_base_model(models_dir: Path, base_model: object, *, adapters: bool = False) -> Path:
+    """The folder that a worker loads for a `baseModel`: `accounts/local/models/<id>` or an absolute folder.
+
+    With `adapters`, a LoRA adapter does too: it can be served, but not trained from.
 
     Raises:
-        ApiError: it is neither, or there is no trainable Hugging Face model in that folder (400).
+        ApiError: it is neither, or there is no such Hugging Face model in that folder (400).
     """
     named = _MODEL_NAME.fullmatch(base_model) if isinstance(base_model, str) else None
     if named is not None:
@@ -54,8 +56,9 @@ def resolve_base_model(models_dir: Path, base_model: object) -> Path:
             f"baseModel {base_model!r} is not a model of the embedded backend. Pass accounts/local/models/<id> "
             "(get one with `cookbook models pull <id>`) or the absolute path of a Hugging Face folder.",
         )
-    if not (folder / "config.json").is_file():
-        if (folder / "adapter_config.json").is_file():
+    is_adapter = (folder / "adapter_config.json").is_file()
+    if not (folder / "config.json").is_file() and not (adapters and is_adapter):
+        if is_adapter:
             remedy = "It is a LoRA adapter. Train from its base model, or from a checkpoint saved as merged_base."
         raise ApiError(
             Code.INVALID_ARGUMENT, f"baseModel {base_model!r}: there is no config.json in {folder}. {remedy}"
@@ -64,7 +67,13 @@ def resolve_base_model(models_dir: Path, base_model: object) -> Path:
 
 
 def context_length(folder: Path) -> int | None:
-    """The longest sequence a model was made for, in tokens, or None when its config.json does not say."""
+    """The longest sequence a model was made for, in tokens, or None when its config.json does not say.
+
+    An adapter's is that of the model it adapts.
+    """
+    base = (read_json(folder / "adapter_config.json") or {}).get("base_model_name_or_path")
+    if isinstance(base, str) and not (folder / "config.json").is_file():
+        folder = Path(base)
     config = read_json(folder / "config.json") or {}
     nested = config.get("text_config")
     for section in (config, nested if isinstance(nested, dict) else {}):

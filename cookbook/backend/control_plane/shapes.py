@@ -1,4 +1,4 @@
-"""The catalogue of training shapes: what kind of trainer a job gets, and which of its fields the shape decides."""
+"""The catalogue of training and deployment shapes: what kind of worker a job gets, and what the shape decides of it."""
 
 from __future__ import annotations
 
@@ -11,10 +11,49 @@ from starlette.responses import Response
 from cookbook.backend.control_plane.answers import ApiError, Code, JsonAnswer
 from cookbook.backend.control_plane.context import ACCOUNT
 
-__all__ = ["SHAPES", "Shape", "find_shape", "get_shape_version", "list_shape_versions", "select_shape"]
+__all__ = [
+    "DEPLOYMENT_SHAPE",
+    "SHAPES",
+    "DeploymentShape",
+    "Shape",
+    "find_deployment_shape",
+    "find_shape",
+    "get_deployment_shape",
+    "get_deployment_shape_version",
+    "get_shape_version",
+    "list_deployment_shape_versions",
+    "list_shape_versions",
+    "select_shape",
+]
 
 VERSION = "v1"
 _PREFIX = f"accounts/{ACCOUNT}/trainingShapes/"
+_DEPLOYMENT_PREFIX = f"accounts/{ACCOUNT}/deploymentShapes/"
+
+
+@dataclass(frozen=True)
+class DeploymentShape:
+    """The one kind of deployment. `max_context_length` is in tokens."""
+
+    shape_id: str
+    max_context_length: int = 4096
+
+    @property
+    def name(self) -> str:
+        return f"{_DEPLOYMENT_PREFIX}{self.shape_id}"
+
+    @property
+    def version_name(self) -> str:
+        return f"{self.name}/versions/{VERSION}"
+
+    def version_resource(self) -> dict[str, Any]:
+        """The shape's only version, as the API describes it."""
+        snapshot = {"acceleratorType": "CPU", "acceleratorCount": 1, "precision": "BF16", "nodeCount": 1}
+        snapshot["maxContextLength"] = self.max_context_length
+        return {"name": self.version_name, "latestValidated": True, "validated": True, "snapshot": snapshot}
+
+
+DEPLOYMENT_SHAPE = DeploymentShape("cpu")
 
 
 @dataclass(frozen=True)
@@ -42,7 +81,7 @@ class Shape:
                 "acceleratorType": "CPU",
                 "acceleratorCount": 1,
                 "baseModelWeightPrecision": "BF16",
-                "deploymentShapeVersion": f"accounts/{ACCOUNT}/deploymentShapes/cpu/versions/{VERSION}",
+                "deploymentShapeVersion": DEPLOYMENT_SHAPE.version_name,
                 "trainerShardingScheme": {"pipelineParallelism": 1},
             },
         }
@@ -82,6 +121,20 @@ def find_shape(name: str) -> Shape:
     )
 
 
+def find_deployment_shape(name: str) -> DeploymentShape:
+    """The deployment shape with a full resource name, with or without its version.
+
+    Raises:
+        ApiError: there is none (404).
+    """
+    if name in (DEPLOYMENT_SHAPE.name, DEPLOYMENT_SHAPE.version_name):
+        return DEPLOYMENT_SHAPE
+    raise ApiError(
+        Code.NOT_FOUND,
+        f"there is no deployment shape {name!r}. The embedded backend has {DEPLOYMENT_SHAPE.name} (version {VERSION}).",
+    )
+
+
 def select_shape(*, lora_rank: int, forward_only: bool) -> Shape:
     """The shape for a job that names none."""
     if forward_only:
@@ -91,11 +144,7 @@ def select_shape(*, lora_rank: int, forward_only: bool) -> Shape:
 
 async def list_shape_versions(request: Request) -> Response:
     """GET trainingShapes/{shape}/versions, with or without filter=latest_validated=true: all shapes are validated."""
-    condition = request.query_params.get("filter", "")
-    if condition.replace(" ", "") not in ("", "latest_validated=true"):
-        raise ApiError(
-            Code.INVALID_ARGUMENT, f"filter {condition!r} is not supported: leave it out, or use latest_validated=true."
-        )
+    _check_filter(request)
     shape = find_shape(_PREFIX + request.path_params["shape"])
     return JsonAnswer({"trainingShapeVersions": [shape.version_resource()], "nextPageToken": ""})
 
@@ -104,3 +153,32 @@ async def get_shape_version(request: Request) -> Response:
     """GET trainingShapes/{shape}/versions/{version}."""
     shape = find_shape("{prefix}{shape}/versions/{version}".format(prefix=_PREFIX, **request.path_params))
     return JsonAnswer(shape.version_resource())
+
+
+async def get_deployment_shape(request: Request) -> Response:
+    """GET deploymentShapes/{shape}."""
+    shape = find_deployment_shape(_DEPLOYMENT_PREFIX + request.path_params["shape"])
+    return JsonAnswer({"name": shape.name, "latestVersion": shape.version_name})
+
+
+async def list_deployment_shape_versions(request: Request) -> Response:
+    """GET deploymentShapes/{shape}/versions, with or without filter=latest_validated=true."""
+    _check_filter(request)
+    shape = find_deployment_shape(_DEPLOYMENT_PREFIX + request.path_params["shape"])
+    return JsonAnswer({"deploymentShapeVersions": [shape.version_resource()], "nextPageToken": ""})
+
+
+async def get_deployment_shape_version(request: Request) -> Response:
+    """GET deploymentShapes/{shape}/versions/{version}."""
+    shape = find_deployment_shape(
+        "{prefix}{shape}/versions/{version}".format(prefix=_DEPLOYMENT_PREFIX, **request.path_params)
+    )
+    return JsonAnswer(shape.version_resource())
+
+
+def _check_filter(request: Request) -> None:
+    condition = request.query_params.get("filter", "")
+    if condition.replace(" ", "") not in ("", "latest_validated=true"):
+        raise ApiError(
+            Code.INVALID_ARGUMENT, f"filter {condition!r} is not supported: leave it out, or use latest_validated=true."
+        )

@@ -119,7 +119,7 @@ async def terminate(job_dir: Path, known_pid: int | None) -> None:
     raise TimeoutError(f"the worker in {job_dir} is still alive after SIGTERM and SIGKILL")
 
 
-def end_of(job_dir: Path, returncode: int | None) -> End:
+def end_of(job_dir: Path, returncode: int | None, *, kind: str = "trainer") -> End:
     """Why a worker that is no longer alive ended. `returncode` is None when another process was its parent."""
     note = read_json(job_dir / "exit.json") or {}
     reason = note.get("reason")
@@ -132,7 +132,7 @@ def end_of(job_dir: Path, returncode: int | None) -> End:
         how = f"was killed by {signal.Signals(-returncode).name}"
     else:
         how = f"ended with exit status {returncode}"
-    return End(on_purpose=False, message=f"the trainer's process {how}: {_last_words(log)} (log: {log})")
+    return End(on_purpose=False, message=f"the {kind}'s process {how}: {_last_words(log)} (log: {log})")
 
 
 def _last_words(log: Path) -> str:

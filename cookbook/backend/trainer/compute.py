@@ -1,19 +1,22 @@
 """One forward or forward-backward over a request's datums: micro-batches, a chunked head, gradients into `.grad`.
 
-Suffixes: N rows of a micro-batch, T padded positions, M real positions of it, P (position, target) pairs, H hidden,
-V vocabulary. Which weights are trained and what becomes of the gradients is not decided here.
+Suffixes: N rows of a micro-batch, T padded positions, M positions computed (no padding, and a shared prefix once), P
+(position, target) pairs, H hidden, V vocabulary. Which weights are trained and what becomes of the gradients is not
+decided here.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from cookbook.backend.branches import Forest
 from cookbook.backend.decoder import Decoder
+from cookbook.backend.trainer.prefix import prefix_groups, shared_batches
 from cookbook.errors import RequestRejected
 from cookbook.losses import Kernel, LossConfig, LossInput
 
@@ -55,7 +58,7 @@ class TopK:
 
 def forward(decoder: Decoder, data: Sequence[Datum], kernel: Kernel, config: LossConfig) -> BatchResult:
     """Logprobs of all targets, and the loss as a metric. No gradients."""
-    with torch.no_grad():
+    with torch.no_grad(), decoder.fixed_weights():
         return _run(decoder, data, kernel, config, backward=False)
 
 
@@ -66,7 +69,8 @@ def forward_backward(decoder: Decoder, data: Sequence[Datum], kernel: Kernel, co
         RequestRejected: a logprob, the loss or its gradient is not finite. `.grad` may hold a part of the gradient
             after any exception: the caller throws it away.
     """
-    return _run(decoder, data, kernel, config, backward=True)
+    with decoder.fixed_weights():
+        return _run(decoder, data, kernel, config, backward=True)
 
 
 def top_k(decoder: Decoder, data: Sequence[Datum], k: int) -> TopK:
@@ -75,7 +79,7 @@ def top_k(decoder: Decoder, data: Sequence[Datum], k: int) -> TopK:
     indices: list[Tensor] = [torch.empty(0)] * len(data)
     with torch.no_grad():
         for rows in micro_batches([len(datum.tokens) for datum in data]):
-            hidden_MH = _hidden(decoder, [data[row] for row in rows])
+            hidden_MH = _hidden(decoder, [data[row].tokens for row in rows])
             parts = [_top_k_chunk(decoder.logits(chunk), k) for chunk in _in_chunks(hidden_MH, _chunk_size(decoder))]
             lengths = [len(data[row].tokens) for row in rows]
             values = torch.cat([part[0] for part in parts]).split_with_sizes(lengths)
@@ -105,10 +109,11 @@ def _run(decoder: Decoder, data: Sequence[Datum], kernel: Kernel, config: LossCo
     logprobs: list[Tensor] = [torch.empty(0)] * len(data)
     metrics = {"loss:sum": 0.0}
     num_loss_tokens = num_sequences = 0
-    for rows in micro_batches([len(datum.tokens) for datum in data]):
+    loss_tokens = [_loss_tokens(kernel, datum) for datum in data]
+    for rows, hidden_MH, places in _hidden_batches(decoder, [datum.tokens for datum in data]):
         batch = [data[row] for row in rows]
-        trained = [_loss_tokens(kernel, datum) for datum in batch]
-        head = _Head(decoder, _hidden(decoder, batch), batch, trained if backward else None)
+        trained = [loss_tokens[row] for row in rows]
+        head = _Head(decoder, hidden_MH, places, batch, trained if backward else None)
         row_logprobs = head.logprobs()
         gradients = []
         for row, datum, values in zip(rows, batch, row_logprobs, strict=True):
@@ -151,11 +156,33 @@ def _evaluate(
     return gradient, {"loss:sum": loss, **output.metrics}
 
 
-def _hidden(decoder: Decoder, batch: Sequence[Datum]) -> Tensor:
+def _hidden_batches(
+    decoder: Decoder, sequences: Sequence[Tensor]
+) -> Iterator[tuple[Sequence[int], Tensor, list[Tensor]]]:
+    """Micro-batches: rows, (M, H) hidden states, and for each row the indices into M of its positions.
+
+    Rows that begin alike, as the completions of one prompt do, share the hidden states of what they begin with.
+    """
+    lengths = [len(tokens) for tokens in sequences]
+    groups = prefix_groups(sequences) if decoder.shares_prefixes else []
+    for batch in shared_batches(groups, lengths, TOKENS_PER_MICRO_BATCH):
+        forest = Forest([group.tree(lengths) for group in batch])
+        tokens_M = torch.cat([group.tokens(sequences) for group in batch])
+        rows = [row for group in batch for row in group.rows]
+        yield rows, decoder.forest_hidden_states(tokens_M, forest), forest.sequences()
+    shared = {row for group in groups for row in group.rows}
+    others = [row for row in range(len(sequences)) if row not in shared]
+    for numbers in micro_batches([lengths[row] for row in others]):
+        rows = [others[number] for number in numbers]
+        hidden_MH = _hidden(decoder, [sequences[row] for row in rows])
+        yield rows, hidden_MH, list(torch.arange(len(hidden_MH)).split_with_sizes([lengths[row] for row in rows]))
+
+
+def _hidden(decoder: Decoder, sequences: Sequence[Tensor]) -> Tensor:
     """(M, H) hidden states of the real positions, row after row. Padding is on the right, where a causal model's
     earlier positions cannot see it, so no attention mask is needed."""
-    lengths = torch.tensor([len(datum.tokens) for datum in batch])
-    tokens_NT = torch.nn.utils.rnn.pad_sequence([datum.tokens for datum in batch], batch_first=True)
+    lengths = torch.tensor([len(tokens) for tokens in sequences])
+    tokens_NT = torch.nn.utils.rnn.pad_sequence(list(sequences), batch_first=True)
     is_real_NT = torch.arange(tokens_NT.shape[1]) < lengths[:, None]
     return decoder.hidden_states(tokens_NT)[is_real_NT]
 
@@ -189,7 +216,14 @@ class _Head:
     Positions that are trained come first, so that a chunk needs a backward pass as a whole or not at all.
     """
 
-    def __init__(self, decoder: Decoder, hidden_MH: Tensor, batch: Sequence[Datum], trained: list[Tensor] | None):
+    def __init__(
+        self,
+        decoder: Decoder,
+        hidden_MH: Tensor,
+        places: Sequence[Tensor],
+        batch: Sequence[Datum],
+        trained: list[Tensor] | None,
+    ):
         self._decoder = decoder
         self._hidden_MH = hidden_MH
         self._shapes = [datum.targets.shape for datum in batch]
@@ -198,7 +232,7 @@ class _Head:
         pairs_a_position = torch.cat(
             [torch.full((shape[0],), width) for shape, width in zip(self._shapes, widths, strict=True)]
         )
-        self._position_P = torch.arange(len(hidden_MH)).repeat_interleave(pairs_a_position)
+        self._position_P = torch.cat(list(places)).repeat_interleave(pairs_a_position)
         is_trained_M = torch.zeros(len(hidden_MH), dtype=torch.bool)
         if trained is not None:
             is_trained_M[self._position_P[torch.cat([mask.flatten() for mask in trained])]] = True

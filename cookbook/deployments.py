@@ -1,0 +1,344 @@
+"""The deployment of a run: found again by the id in the run's ledger, or made; adopted where the config names one.
+
+The ledger is written before anything is created. A deployment holds nothing that a run needs again, as its snapshots
+stay with the trainer job, so one that has failed or stopped is followed by the next generation. Which weights it
+serves is decided in cookbook/weight_sync.py.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import logging
+import re
+import time
+from dataclasses import dataclass
+
+from fireworks.training.sdk import DeploymentConfig
+
+from cookbook.config import RLConfig
+from cookbook.control_plane import ControlPlane, Deployment
+from cookbook.deadlines import Deadline
+from cookbook.errors import ConfigError, Problem, ProvisioningError
+from cookbook.ledger import ResourceLedger, ResourceRecord
+from cookbook.provisioning import TrainerHandle, wire_model
+
+__all__ = ["DeploymentHandle", "attach_trainer", "deployment_id_of", "provision_deployment", "release_deployment"]
+
+ROLE = "sampler"
+READY = "READY"
+STARTING = ("CREATING", "UPDATING")
+FAILED = "FAILED"
+DELETED = ("DELETING", "DELETED")
+
+_GONE: Deployment = {"state": "DELETED", "statusMessage": "there is no such deployment"}
+_LONGEST_ID = 63
+_FIRST_PAUSE_S = 0.1
+_LONGEST_PAUSE_S = 5.0
+_ATTACH_POLL_S = 2.0
+_TRAINER_WAIT_S = 120.0  # for the trainer job to be created by another thread; it need not be ready
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class DeploymentHandle:
+    """A deployment that is ready."""
+
+    deployment_id: str
+    name: str
+    """Resource name, accounts/<account>/deployments/<id>."""
+    model: str
+    """What a completion request names as its `model`."""
+    base_model: str
+    """The base model by the name that the backend knows it under."""
+    adopted: bool
+    """The config named it: it is never deleted."""
+    generation: int
+    """1, 2, ...; 0 for one that was adopted."""
+
+
+def deployment_id_of(base_model: str, run_id: str, generation: int) -> str:
+    """The id of a run's own deployment: model, run, and the generation from the second one on.
+
+    >>> deployment_id_of("accounts/local/models/SmolLM2-135M", "rl-1f2e3d4c", 2)
+    'smollm2-135m-rl-1f2e3d4c-g2'
+    """
+    end = f"-{run_id}" if generation == 1 else f"-{run_id}-g{generation}"
+    last = base_model.rstrip("/").rsplit("/", 1)[-1].lower()
+    slug = re.sub(r"[^a-z0-9]+", "-", last)[: _LONGEST_ID - len(end)].strip("-")
+    return f"{slug or 'model'}{end}"
+
+
+def provision_deployment(
+    control: ControlPlane,
+    ledger: ResourceLedger,
+    config: RLConfig,
+    *,
+    trainer: TrainerHandle | None,
+    run_id: str,
+    deadline: Deadline,
+) -> DeploymentHandle:
+    """Have a ready deployment that hot loads from the policy's trainer job: the one that the config names, the one the
+    run has, else the next generation.
+
+    One deadline holds over creating and starting. Calling it again, also from another process after this one was
+    killed, finds the same deployment.
+
+    Args:
+        ledger: the run's resources.
+        config: `base_model` and `deployment`. A changed `deployment` block gives a new deployment.
+        trainer: the policy's. None = another thread is provisioning it: its job id is taken from the ledger as soon as
+            it was created, and `attach_trainer` must follow once it is ready.
+        run_id: part of the deployment's id.
+        deadline: of all of it; `deployment.deployment_timeout_s` from the start.
+
+    Raises:
+        ProvisioningError: the deployment failed (with the backend's message), was deleted meanwhile, or is late.
+        ModelError, ConfigError: the base model or what `deployment` asks for cannot be had.
+        LeaseLost: another process owns the run.
+    """
+    base_model = wire_model(config.base_model, control.backend, control.models_dir)
+    if config.deployment.deployment_id is not None:
+        handle = _adopt(control, config.deployment.deployment_id, base_model, deadline)
+    else:
+        handle = _own(control, ledger, config, trainer, run_id, base_model, deadline)
+    if trainer is not None:
+        attach_trainer(control, handle, trainer.job_name, deadline)
+    return handle
+
+
+def attach_trainer(control: ControlPlane, deployment: DeploymentHandle, job_name: str, deadline: Deadline) -> None:
+    """Let a deployment take its snapshots from this trainer job. Nothing happens when it does so already.
+
+    Raises:
+        ProvisioningError: the backend refused, or the deployment was not ready again in time.
+    """
+    seconds = _left(deadline)
+    control.call(
+        f"attaching deployment {deployment.deployment_id} to {job_name}",
+        lambda: control.deployments.reattach_trainer(
+            deployment.deployment_id,
+            base_model=deployment.base_model,
+            trainer_job_name=job_name,
+            timeout_s=seconds,
+            poll_interval_s=_ATTACH_POLL_S,
+        ),
+        seconds,
+    )
+
+
+def release_deployment(control: ControlPlane, ledger: ResourceLedger, deployment: DeploymentHandle) -> None:
+    """Delete a run's own deployment: a run that goes on makes the next one. Nothing is done to an adopted one.
+
+    Raises:
+        LeaseLost: another process owns the run, and may be using the deployment. Nothing was done.
+        ProvisioningError: the backend did not do it.
+    """
+    if deployment.adopted:
+        return
+    ledger.check_lease()
+    control.delete_deployment(deployment.deployment_id)
+    for record in ledger.all():
+        if record.resource_id == deployment.deployment_id:
+            ledger.freed(record)
+
+
+def _own(
+    control: ControlPlane,
+    ledger: ResourceLedger,
+    config: RLConfig,
+    trainer: TrainerHandle | None,
+    run_id: str,
+    base_model: str,
+    deadline: Deadline,
+) -> DeploymentHandle:
+    request = _request(control, config, base_model, deadline)
+    spec = _fingerprint(request, config)
+    record, found = ledger.current(ROLE), None
+    if record is not None and record.state != "freed":
+        found = control.deployment(record.resource_id, _left(deadline))
+        if not _is_usable(record, found, spec):
+            record, found = _discard(control, ledger, record, found, deadline), None
+    if record is None or record.state == "freed":
+        generation = 1 if record is None else record.generation + 1
+        name = deployment_id_of(base_model, run_id, generation)
+        record = ledger.intend("deployment", ROLE, generation, spec, resource_id=name)
+    if found is None:
+        _create(control, request, record.resource_id, _job_name(control, ledger, config, trainer, deadline), deadline)
+    if record.state == "intended":
+        record = ledger.confirm(record)
+    ready = _wait_until_ready(control, record.resource_id, deadline, found=found is not None)
+    if ready["state"] in (FAILED, *DELETED):
+        if found is None:
+            what = f"deployment {record.resource_id} is {ready['state']}: {_status_of(ready)}"
+            raise ProvisioningError(f"{what}. The next attempt makes another one.")
+        return _own(control, ledger, config, trainer, run_id, base_model, deadline)  # it has died meanwhile
+    return _handle(control, record.resource_id, ready, base_model, deadline, generation=record.generation)
+
+
+def _adopt(control: ControlPlane, deployment_id: str, base_model: str, deadline: Deadline) -> DeploymentHandle:
+    """Use a deployment that is not this run's own, and never delete it."""
+    where = "deployment.deployment_id"
+    deployment = control.deployment(deployment_id, _left(deadline))
+    if deployment is None:
+        what = f"there is no deployment {deployment_id!r} to adopt."
+        raise ConfigError([Problem(where, what, "Create it, or leave deployment_id out: the run then makes its own.")])
+    served = deployment.get("baseModel") or base_model
+    if served != base_model:
+        what = f"deployment {deployment_id!r} serves {served}, base_model is {base_model}."
+        raise ConfigError([Problem(where, what, "Name a deployment of the same model, or leave deployment_id out.")])
+    ready = deployment
+    if not _is_scaled_to_zero(deployment):
+        ready = _wait_until_ready(control, deployment_id, deadline, found=True)
+    if ready["state"] in (FAILED, *DELETED) or _is_scaled_to_zero(ready):
+        state = "scaled to zero" if _is_scaled_to_zero(ready) else ready["state"]
+        raise ProvisioningError(
+            f"{where}: deployment {deployment_id!r} is {state}: {_status_of(ready)}. Bring it back, or leave "
+            "deployment_id out: the run then makes its own."
+        )
+    return _handle(control, deployment_id, ready, base_model, deadline, generation=0)
+
+
+def _handle(
+    control: ControlPlane,
+    deployment_id: str,
+    deployment: Deployment,
+    base_model: str,
+    deadline: Deadline,
+    *,
+    generation: int,
+) -> DeploymentHandle:
+    model = f"accounts/{control.account_id(_left(deadline))}/deployments/{deployment_id}"
+    name = deployment.get("name") or model
+    return DeploymentHandle(deployment_id, name, model, base_model, adopted=generation == 0, generation=generation)
+
+
+def _request(control: ControlPlane, config: RLConfig, base_model: str, deadline: Deadline) -> DeploymentConfig:
+    """What to ask the backend for, without an id and a trainer job."""
+    wanted = config.deployment
+    shape, accelerator = wanted.deployment_shape, wanted.deployment_accelerator_type
+    if shape is None and accelerator is None and config.infra.training_shape_id is not None:
+        shape = control.shape(config.infra.training_shape_id, _left(deadline)).deployment_shape_version
+    if not shape and accelerator is None:
+        accelerator = "CPU"  # only the embedded backend gets here: the config wants one of them otherwise
+    replicas = wanted.replica_count or 1
+    hardware = {"deployment_shape": shape} if shape else {"accelerator_type": accelerator}
+    return DeploymentConfig(
+        deployment_id="",
+        base_model=base_model,
+        **hardware,
+        accept_shapeless_risk=not shape,
+        region=wanted.deployment_region,
+        min_replica_count=replicas,
+        max_replica_count=replicas,
+        hot_load_bucket_type=wanted.hot_load_bucket_type,
+        hot_load_transition_type="SYNC",  # a sequence in flight ends on the weights that it began with
+        disable_speculative_decoding=wanted.disable_speculative_decoding,
+        extra_args=wanted.deployment_extra_args,
+        extra_values=wanted.extra_values,
+        for_training=True,  # so that the backend may free it when this process and the trainer are gone
+    )
+
+
+def _fingerprint(request: DeploymentConfig, config: RLConfig) -> str:
+    """What was asked for. A shape as the config names it: a new version of it does not make a deployment wrong."""
+    shape = config.deployment.deployment_shape or config.infra.training_shape_id
+    values = dataclasses.asdict(request) | {"deployment_shape": shape}
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _create(control: ControlPlane, request: DeploymentConfig, name: str, job_name: str, deadline: Deadline) -> None:
+    named = dataclasses.replace(request, deployment_id=name, hot_load_trainer_job=job_name)
+    control.call(f"creating deployment {name}", lambda: control.deployments.create_or_get(named), _left(deadline))
+
+
+def _job_name(
+    control: ControlPlane,
+    ledger: ResourceLedger,
+    config: RLConfig,
+    trainer: TrainerHandle | None,
+    deadline: Deadline,
+) -> str:
+    """Resource name of the policy's trainer job, as soon as it exists."""
+    if trainer is not None:
+        return trainer.job_name
+    job_id = config.policy_job_id
+    wait = Deadline(min(_TRAINER_WAIT_S, deadline.remaining()))
+    while job_id is None:
+        record = ledger.current("policy")
+        if record is not None and record.state == "confirmed":
+            job_id = record.resource_id
+        elif wait.expired:
+            raise ProvisioningError(
+                f"no trainer job was created for the policy within {wait.seconds:.0f} s, and a deployment hot loads "
+                "from one. Provision the trainer before the deployment, or beside it."
+            )
+        else:
+            time.sleep(_FIRST_PAUSE_S)
+    return f"accounts/{control.account_id(_left(deadline))}/rlorTrainerJobs/{job_id}"
+
+
+def _is_usable(record: ResourceRecord, deployment: Deployment | None, spec: str) -> bool:
+    """Whether the newest deployment of the run is, or can become, the one asked for."""
+    if record.spec != spec:
+        return False
+    if deployment is None:
+        return record.state == "intended"  # the process died before it could create it
+    return deployment["state"] not in (FAILED, *DELETED) and not _is_scaled_to_zero(deployment)
+
+
+def _discard(
+    control: ControlPlane,
+    ledger: ResourceLedger,
+    record: ResourceRecord,
+    deployment: Deployment | None,
+    deadline: Deadline,
+) -> ResourceRecord:
+    """Free a deployment that will not be used again."""
+    logger.info("deployment %s is gone, has failed, or is not what the config asks for", record.resource_id)
+    if deployment is not None and deployment["state"] not in DELETED:
+        control.delete_deployment(record.resource_id, _left(deadline))
+    return ledger.freed(record)
+
+
+def _wait_until_ready(control: ControlPlane, deployment_id: str, deadline: Deadline, *, found: bool) -> Deployment:
+    """Poll until the deployment serves, or cannot any more.
+
+    Its state may lag behind: a new one may answer before it is READY, and one that was `found` may have died a moment
+    ago. A completion tells.
+    """
+    model = f"accounts/{control.account_id(_left(deadline))}/deployments/{deployment_id}"
+    pause = _FIRST_PAUSE_S
+    while True:
+        deployment = control.deployment(deployment_id, _left(deadline)) or _GONE
+        state = deployment["state"]
+        if state in (FAILED, *DELETED) or (state == READY and not found):
+            return deployment
+        if state in (READY, *STARTING) and control.is_serving(model):
+            return deployment
+        if deadline.expired:
+            raise ProvisioningError(
+                f"deployment {deployment_id} was not ready within deployment.deployment_timeout_s="
+                f"{deadline.seconds:g} s: it is {state} ({_status_of(deployment)}). Raise "
+                "deployment.deployment_timeout_s, or start the run again to wait on."
+            )
+        time.sleep(min(pause, deadline.remaining()))
+        pause = min(1.5 * pause, _LONGEST_PAUSE_S)
+
+
+def _is_scaled_to_zero(deployment: Deployment) -> bool:
+    return deployment.get("maxReplicaCount") == 0
+
+
+def _left(deadline: Deadline) -> float:
+    """Seconds for the next call: at least one, so that a late call is reported as what was waited for."""
+    return max(1.0, deadline.remaining())
+
+
+def _status_of(deployment: Deployment) -> str:
+    """The backend's own words about a deployment."""
+    status = deployment.get("status")
+    detail = status.get("message") if isinstance(status, dict) else status
+    return str(deployment.get("statusMessage") or detail or "the backend gives no reason")

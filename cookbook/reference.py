@@ -1,0 +1,150 @@
+"""Logprobs of the reference model, which the KL term pulls the policy towards.
+
+The reference is the base model: under the policy's LoRA adapter on the policy's own trainer, or on a trainer of its
+own (`cookbook.provisioning.provision_reference`).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Self
+
+from fireworks.training.sdk import Datum
+
+from cookbook.client import ReconnectableClient
+from cookbook.config import RLConfig
+from cookbook.data.rollout_datums import completion_logprobs, forward_datums
+from cookbook.errors import ShapeError, TrainerLost
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    from fireworks.training.sdk import TrainerJobManager
+    from torch import Tensor
+
+    from cookbook.provisioning import TrainerHandle
+    from cookbook.rollouts.records import PromptGroup
+
+__all__ = ["Reference", "open_reference"]
+
+logger = logging.getLogger(__name__)
+
+
+class Reference:
+    """A frozen model that is only asked for logprobs. A lost session is opened again once: there is nothing to restore.
+
+    For use from one thread at a time; the policy's client may be used in another.
+    """
+
+    def __init__(self, client: ReconnectableClient, *, timeout_s: float) -> None:
+        """
+        Args:
+            client: of the reference model; closed with this object.
+            timeout_s: seconds for the logprobs of one call.
+        """
+        self._client = client
+        self._timeout_s = timeout_s
+
+    @property
+    def job_id(self) -> str:
+        """The trainer job that computes them."""
+        return self._client.job_id
+
+    def logprobs(self, datums: Sequence[Datum]) -> list[Tensor]:
+        """Logprobs of every target token, also of those that are not trained.
+
+        Args:
+            datums: with `target_tokens` (N,); their other inputs are not looked at.
+
+        Returns:
+            For each datum float32 (N,), in nats.
+
+        Raises:
+            RequestRejected: a datum is too long, or holds a token that the model does not know.
+            TrainerLost: the trainer is gone, or does not answer in time.
+            ShapeError: the trainer's answer does not fit the datums.
+        """
+        bare = [
+            Datum(model_input=d.model_input, loss_fn_inputs={"target_tokens": d.loss_fn_inputs["target_tokens"]})
+            for d in datums
+        ]
+        try:
+            return self._forward(bare)
+        except TrainerLost as error:
+            logger.info("the reference's session is lost, opening another: %s", error)
+            self._client.reconnect()
+            return self._forward(bare)
+
+    def completion_logprobs(self, groups: Sequence[PromptGroup]) -> list[list[float]]:
+        """Logprobs of the completions of prompt groups, group by group: what `policy_step` takes.
+
+        Args:
+            groups: with their advantages.
+
+        Returns:
+            For each completion a list as long as its tokens, in nats; zeros for one without a sampled token.
+
+        Raises:
+            DataError, SamplingError: as for `cookbook.data.rollout_datums.trained_completions`.
+            RequestRejected, TrainerLost, ShapeError: as for `logprobs`.
+        """
+        return completion_logprobs(groups, self.logprobs(forward_datums(groups)))
+
+    def close(self) -> None:
+        """End the session."""
+        self._client.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _forward(self, datums: list[Datum]) -> list[Tensor]:
+        outputs = self._client.forward(datums, "cross_entropy", timeout_s=self._timeout_s).loss_fn_outputs
+        found = [output["logprobs"].to_torch() for output in outputs]
+        wanted = [tuple(datum.loss_fn_inputs["target_tokens"].to_numpy().shape) for datum in datums]
+        if [tuple(logprobs.shape) for logprobs in found] != wanted:
+            raise ShapeError(
+                f"the reference on trainer {self.job_id} answered logprobs of shapes "
+                f"{[tuple(logprobs.shape) for logprobs in found]}, the datums have {wanted} targets."
+            )
+        return found
+
+
+def open_reference(
+    manager: TrainerJobManager,
+    config: RLConfig,
+    policy: TrainerHandle,
+    reference: TrainerHandle | None,
+    *,
+    user_metadata: Mapping[str, str] | None = None,
+) -> Reference | None:
+    """Open the reference of a run; None where it has no KL term.
+
+    Args:
+        manager: `control.jobs`.
+        policy: the policy's trainer, whose base model is the reference when there is no other trainer.
+        reference: what `provision_reference` gave.
+        user_metadata: `RunDirectory.user_metadata()`.
+
+    Raises:
+        TrainerLost: no session or no model in time.
+    """
+    if config.active_kl_beta == 0:
+        return None
+    trainer = reference or policy
+    client = ReconnectableClient(
+        manager,
+        trainer.job_id,
+        trainer.base_model,
+        lora_rank=0,
+        user_metadata=user_metadata,
+        base_only=trainer.lora_rank > 0,
+        base_url=trainer.base_url,
+        default_timeout_s=config.step_timeout_s,
+    )
+    return Reference(client, timeout_s=config.step_timeout_s)

@@ -1,0 +1,72 @@
+"""Weight syncs: the sampler gets the trainer's weights, and proves that it serves them."""
+
+from __future__ import annotations
+
+from cookbook.deployments import DeploymentHandle
+from cookbook.errors import WeightSyncError
+from cookbook.rollouts.collect import RolloutCollector
+from cookbook.rollouts.environment import load_environment
+from cookbook.rollouts.sampler import RolloutSampler
+from cookbook.run import Progress
+from cookbook.weight_sync import WeightSync
+from tasks.record import recorded
+from tasks.rl_run import RLRun
+
+__all__ = ["start_sampler", "weight_sync"]
+
+
+def start_sampler(run: RLRun, progress: Progress) -> None:
+    """Make the sampler serve the trainer's weights before it is used for the first time.
+
+    On a fresh run both have the base model's. Everything else needs a weight sync: other weights in the trainer
+    (a resumed run, init_from_checkpoint) or in the deployment (adopted, or left by an earlier start).
+    """
+    assert run.trainer is not None, "provision_rl comes first"
+    assert run.deployment is not None, "provision_rl comes first"
+    config = run.config
+    run.sync = run.closed_at_end(WeightSync(run.control, run.deployment, run.trainer, run.client, config.weight_sync))
+    run.sampler = run.closed_at_end(open_sampler(run, run.deployment))
+    run.collector = run.closed_at_end(
+        RolloutCollector(
+            run.sampler,
+            run.rows,
+            run.rows.score,
+            config,
+            load_environment(config.environment),
+            tokenizer=run.tokenizer,
+        )
+    )
+    served = run.sync.serving()
+    is_fresh = progress.step == 0 and config.init_from_checkpoint is None
+    if served != "" or not is_fresh or config.weight_sync.weight_sync_before_training:
+        weight_sync(run, progress)
+
+
+def open_sampler(run: RLRun, deployment: DeploymentHandle) -> RolloutSampler:
+    """The sampler of a deployment, as the config wants it."""
+    config = run.config
+    return RolloutSampler(
+        run.control.deployments.inference_url,
+        deployment.model,
+        run.control.jobs.api_key,
+        run.tokenizer,
+        config.concurrency,
+        config.deployment.replica_count or 1,
+        float(config.deployment.sample_timeout),
+        config.retry,
+    )
+
+
+@recorded(deadline=lambda config: config.weight_sync.dcp_timeout + config.weight_sync.weight_sync_timeout, retried=True)
+def weight_sync(run: RLRun, progress: Progress) -> str:
+    """Save a sampler snapshot, hot load it, and prove that the deployment serves it; return its name.
+
+    Raises:
+        WeightSyncError: one of the states failed or took longer than its deadline. A retry saves under the next name.
+        TrainerLost: the trainer's session is gone.
+    """
+    if run.sync is None:
+        raise WeightSyncError("there is no deployment to sync to yet: start_sampler comes first.")
+    result = run.sync.sync(f"step-{progress.step}", first=run.sync.version == "")
+    run.note({"sync/save_s": result.save_s, "sync/load_s": result.load_s, "sync/verify_s": result.verify_s})
+    return result.version

@@ -1,0 +1,238 @@
+"""The deployment of a run on the real backend: made beside its trainer, found again, replaced, adopted, released."""
+
+import logging
+import os
+import shutil
+import signal
+import threading
+import time
+from dataclasses import replace
+
+import pytest
+from fireworks.training.sdk import DeploymentConfig
+
+from cookbook import deployments
+from cookbook.config import RLConfig
+from cookbook.control_plane import ControlPlane
+from cookbook.deadlines import Deadline
+from cookbook.deployments import attach_trainer, deployment_id_of, provision_deployment, release_deployment
+from cookbook.errors import ConfigError, LeaseLost, ProvisioningError
+from cookbook.ledger import ResourceLedger
+from cookbook.provisioning import TrainerHandle, provision_trainer
+from cookbook.run import RunDirectory
+from tests.hostile import HostileTrainer
+from tests.running_backend import MODEL
+
+SHAPE = "accounts/local/deploymentShapes/cpu"
+QUICK = ["--compute-dtype=float32", "--threads=1"]
+TRAINER = TrainerHandle("t", "accounts/local/rlorTrainerJobs/t", "http://unused", MODEL, None, 1)
+
+
+@pytest.fixture(scope="module")
+def control(backend):
+    with ControlPlane("embedded", backend.base_url, backend.api_key, backend.home / "models") as control:
+        yield control
+
+
+@pytest.fixture
+def run(tmp_path, control):
+    with RunDirectory.open(tmp_path / "run", recipe="rl", config={}, home=tmp_path / "home") as run:
+        yield run
+        for record in ResourceLedger(run).all():
+            (control.delete_deployment if record.kind == "deployment" else control.delete)(record.resource_id)
+
+
+@pytest.fixture
+def ledger(run):
+    return ResourceLedger(run)
+
+
+def config_of(deployment=None, **fields):
+    deployment = {"deployment_extra_args": QUICK, **(deployment or {})}
+    values = {"log_path": "unused", "base_model": "tiny", "dataset": "unused", "reward": "exact", "lora_rank": 4}
+    return RLConfig(**values, infra={"extra_args": QUICK}, deployment=deployment, **fields)
+
+
+def provision(control, ledger, run, config=None, trainer=TRAINER, timeout_s=60):
+    return provision_deployment(
+        control, ledger, config or config_of(), trainer=trainer, run_id=run.run_id, deadline=Deadline(timeout_s)
+    )
+
+
+def test_the_id_is_of_model_run_and_generation():
+    assert deployment_id_of("accounts/a/models/Qwen3_0.6B", "rl-1f2e3d4c", 1) == "qwen3-0-6b-rl-1f2e3d4c"
+    assert deployment_id_of("/models/x", "rl-1f2e3d4c", 2) == "x-rl-1f2e3d4c-g2"
+    assert len(deployment_id_of("a" * 62 + "-b", "rl-1f2e3d4c", 12)) == 63
+    assert deployment_id_of("/__/", "rl-1", 1) == "model-rl-1"
+
+
+def test_it_is_made_beside_its_trainer_and_found_again_whatever_happened_to_it(control, ledger, run):
+    """In one test, as each start takes seconds."""
+    config = config_of()
+    made = []
+    beside = threading.Thread(target=lambda: made.append(provision(control, ledger, run, config, trainer=None)))
+    beside.start()
+    trainer = provision_trainer(control, ledger, config, deadline=Deadline(60))
+    beside.join()
+    (deployment,) = made
+    name = f"tiny-{run.run_id}"
+    assert (deployment.deployment_id, deployment.generation, deployment.adopted) == (name, 1, False)
+    assert deployment.name == deployment.model == f"accounts/local/deployments/{name}"
+    assert deployment.base_model == MODEL
+    assert control.is_serving(deployment.model)
+    assert control.deployment(name)["hotLoadTrainerJob"] == trainer.job_name
+    assert name in {found["name"].rsplit("/")[-1] for found in control.list_deployments()}
+
+    record = ledger.current("sampler")
+    ledger.intend("deployment", "sampler", 1, record.spec, resource_id=name)  # and died before it could confirm it
+    pid = control.deployment(name)["metadata"]["workerPid"]
+    later = config_of({"deployment_timeout_s": 99.0})
+    assert provision(control, ledger, run, later, trainer=trainer) == deployment
+    assert control.deployment(name)["metadata"]["workerPid"] == pid
+    assert {record.state for record in ledger.all()} == {"confirmed"}
+
+    other = replace(trainer, job_name="accounts/local/rlorTrainerJobs/next")
+    assert provision(control, ledger, run, config, trainer=other) == deployment
+    assert control.deployment(name)["hotLoadTrainerJob"] == other.job_name
+
+    os.kill(pid, signal.SIGKILL)
+    second = provision(control, ledger, run, config)
+    assert (second.deployment_id, second.generation) == (f"{name}-g2", 2)
+    assert control.deployment(name) is None
+
+    (run.path / ".lock").unlink()
+    with RunDirectory.open(run.path, recipe="rl", config={}, home=run.path.parent / "home") as successor:
+        with pytest.raises(LeaseLost):  # a superseded owner does not touch what the new one uses
+            release_deployment(control, ledger, second)
+        assert control.deployment(second.deployment_id)["state"] == "READY"
+        release_deployment(control, ResourceLedger(successor), second)
+    assert control.deployment(second.deployment_id) is None
+    assert [record.state for record in ledger.all() if record.kind == "deployment"] == ["freed"] * 2
+
+
+def test_what_has_failed_or_is_no_longer_asked_for_is_followed_by_the_next_generation(control, ledger, run):
+    with pytest.raises(ProvisioningError, match=r"(?s)is FAILED: .*--nonsense"):
+        provision(control, ledger, run, config_of({"deployment_extra_args": ["--nonsense"]}))
+    first = provision(control, ledger, run)
+    assert first.generation == 2
+    control.deployments.scale_to_zero(first.deployment_id)
+    second = provision(control, ledger, run)
+    assert second.generation == 3
+    third = provision(control, ledger, run, config_of({"deployment_shape": SHAPE}))
+    assert third.generation == 4
+    assert [control.deployment(d.deployment_id) for d in (first, second)] == [None, None]
+    control.delete_deployment(third.deployment_id)  # by somebody else, so not in the ledger
+    assert provision(control, ledger, run, config_of({"deployment_shape": SHAPE})).generation == 5
+
+
+def test_an_adopted_deployment_is_used_and_never_deleted(control, ledger, run, tmp_path):
+    control.deployments.create_or_get(
+        DeploymentConfig("by-hand", MODEL, accelerator_type="CPU", min_replica_count=1, extra_args=QUICK)
+    )
+    deployment = provision(control, ledger, run, config_of({"deployment_id": "by-hand"}))
+    assert (deployment.deployment_id, deployment.adopted, deployment.generation) == ("by-hand", True, 0)
+    assert control.deployment("by-hand")["hotLoadTrainerJob"] == TRAINER.job_name
+    assert ledger.all() == []
+    release_deployment(control, ledger, deployment)
+    assert control.deployment("by-hand")["state"] == "READY"
+
+    shutil.copytree(control.models_dir / "tiny", tmp_path / "other")
+    other = config_of({"deployment_id": "by-hand"}).model_copy(update={"base_model": str(tmp_path / "other")})
+    with pytest.raises(
+        ConfigError, match=r"deployment\.deployment_id: deployment 'by-hand' serves .*models/tiny, base"
+    ):
+        provision(control, ledger, run, other)
+    control.deployments.scale_to_zero("by-hand")
+    with pytest.raises(ProvisioningError, match="'by-hand' is scaled to zero"):
+        provision(control, ledger, run, config_of({"deployment_id": "by-hand"}))
+    assert control.deployment("by-hand")["maxReplicaCount"] == 0
+    control.delete_deployment("by-hand")
+    with pytest.raises(ConfigError, match="there is no deployment 'by-hand' to adopt"):
+        provision(control, ledger, run, config_of({"deployment_id": "by-hand"}))
+
+
+def test_a_shape_that_does_not_exist_is_refused_in_the_backends_words(control, ledger, run):
+    shape = "accounts/local/deploymentShapes/none"
+    with pytest.raises(ProvisioningError, match=rf"creating deployment .*HTTP 404.*{shape}"):
+        provision(control, ledger, run, config_of({"deployment_shape": shape}))
+
+
+def test_without_a_trainer_job_there_is_no_deployment(control, ledger, run, monkeypatch):
+    monkeypatch.setattr(deployments, "_TRAINER_WAIT_S", 0.3)
+    ledger.intend("trainer", "policy", 1)  # asked for, but never created
+    with pytest.raises(ProvisioningError, match=r"no trainer job was created .* Provision the trainer"):
+        provision(control, ledger, run, trainer=None)
+    assert control.deployment(f"tiny-{run.run_id}") is None
+
+
+# -- a backend that does not come to the point -------------------------------------------------------------------------
+
+
+@pytest.fixture
+def slow():
+    backend = HostileTrainer()
+    backend.behave["deployments"] = lambda body: (200, {"name": "accounts/local/deployments/x"})
+    yield backend
+    backend.close()
+
+
+@pytest.fixture
+def slow_control(slow, backend):
+    with ControlPlane("embedded", slow.base_url, "secret-key", backend.home / "models") as control:
+        yield control
+
+
+def show(slow, run, state, **fields):
+    """Let the slow backend have the run's first deployment in a state."""
+    name = f"tiny-{run.run_id}"
+    resource = {"name": f"accounts/local/deployments/{name}", "state": state, **fields}
+    slow.behave[name] = lambda body: (200, resource)
+
+
+def assert_late(control, ledger, run, match):
+    started = time.monotonic()
+    with pytest.raises(ProvisioningError, match=match):
+        provision(control, ledger, run, timeout_s=1)
+    assert time.monotonic() - started < 3
+
+
+@pytest.mark.parametrize("state", ["CREATING", "UPDATING", "UNHEARD_OF"])
+def test_one_deadline_holds_over_everything(slow, slow_control, ledger, run, state):
+    slow.behave["completions"] = lambda body: (503, {})
+    show(slow, run, state, statusMessage="no capacity")
+    assert_late(slow_control, ledger, run, rf"deployment_timeout_s=1 s: it is {state} \(no capacity\)")
+    assert [record.state for record in ledger.all()] == ["confirmed"]  # the next start waits on
+
+
+@pytest.mark.parametrize("endpoint", ["accounts", "deployments"])
+def test_a_control_plane_that_hangs_is_given_up_at_the_deadline(slow, slow_control, ledger, run, endpoint):
+    slow.behave[f"tiny-{run.run_id}"] = lambda body: (404, {})
+    slow.behave[endpoint] = slow.hang
+    assert_late(slow_control, ledger, run, r"creating deployment .* no answer within 1 s")
+
+
+def test_a_deployment_that_answers_is_ready_whatever_its_state_says(slow, slow_control, ledger, run):
+    show(slow, run, "CREATING", hotLoadTrainerJob=TRAINER.job_name)
+    answers = iter([503, 200])
+    slow.behave["completions"] = lambda body: (next(answers), {})
+    handle = deployments._own(
+        slow_control, ledger, config_of(), TRAINER, run.run_id, MODEL, Deadline(5)
+    )  # without attaching: this backend would never say READY
+    assert handle.deployment_id == f"tiny-{run.run_id}"
+
+
+def test_a_refusal_is_told_in_the_backends_words_and_without_the_key(slow, slow_control, ledger, run, caplog):
+    caplog.set_level(logging.DEBUG)
+    slow.behave[f"tiny-{run.run_id}"] = lambda body: (404, {})
+    slow.behave["deployments"] = lambda body: (400, {"error": {"message": "secret-key may not have 9 GPUs"}})
+    with pytest.raises(ProvisioningError, match=r"HTTP 400, request req-7: \[key\] may not have 9 GPUs") as refused:
+        provision(slow_control, ledger, run)
+    assert (refused.value.__cause__, refused.value.__context__) == (None, None)
+    show(slow, run, "READY", hotLoadTrainerJob="other")
+    with pytest.raises(ProvisioningError, match=r"attaching deployment .* no answer within 1 s"):
+        attach_trainer(slow_control, provision_without_trainer(slow_control, ledger, run), "t", Deadline(1))
+
+
+def provision_without_trainer(control, ledger, run):
+    ledger.confirm(ledger.intend("trainer", "policy", 1))
+    return provision(control, ledger, run, trainer=None)
