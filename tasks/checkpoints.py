@@ -32,6 +32,7 @@ def restore(run: Run, total_steps: int) -> Progress:
         seed=config.seed,
         user_metadata=run.directory.user_metadata(),
         state_timeout_s=config.weight_sync.dcp_timeout,
+        base_url=run.trainer.base_url if run.trainer.adopted else None,
     )
     run.resumed = resolve_resume(run.client, str(run.directory.path), config.init_from_checkpoint)
     if run.resumed is not None and run.resumed.loop_state:

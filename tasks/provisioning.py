@@ -6,7 +6,6 @@ import time
 from typing import Any
 
 from cookbook.deadlines import Deadline
-from cookbook.deployments import attach_trainer
 from cookbook.deployments import provision_deployment as deploy
 from cookbook.provisioning import provision_reference as provision_other
 from cookbook.provisioning import provision_trainer as provision
@@ -69,7 +68,7 @@ def provision_deployment(run: RLRun) -> dict[str, str]:
 
 
 def provision_rl(run: RLRun) -> None:
-    """Policy trainer, reference trainer and deployment, side by side; then what ties them together.
+    """Policy trainer, reference trainer and deployment, side by side; then the session with the reference.
 
     Raises:
         ProvisioningError: one of them could not be had; the others are released with the run.
@@ -80,9 +79,6 @@ def provision_rl(run: RLRun) -> None:
         tasks.append(provision_reference)
     run.records.side_by_side(tasks, run)
     assert run.trainer is not None
-    assert run.deployment is not None
-    deadline = Deadline(run.config.deployment.deployment_timeout_s)
-    attach_trainer(run.control, run.deployment, run.trainer.job_name, deadline)
     run.reference = open_reference(
         run.control.jobs,
         run.config,

@@ -119,7 +119,7 @@ def test_debug_shows_the_traceback(home, arguments):
 def test_an_unknown_recipe_names_the_known_ones(home):
     status, _, err = cookbook("run", "sftt")
     assert status == 2
-    assert "there is no recipe 'sftt'. Choose one of: sft." in err
+    assert "there is no recipe 'sftt'. Choose one of: sft, rl." in err
 
 
 def test_a_wrong_config_imports_neither_prefect_nor_the_flow(home):

@@ -1,15 +1,16 @@
-"""First tasks with answers that can be checked: adding two numbers of two digits (SFT), telling the larger one (RL).
+"""First tasks with answers that can be checked: adding two numbers (SFT), finding the largest of four (RL).
 
-Made here in a few lines rather than by a library of such tasks, which would bring a plotting stack along. A model of
-135 million parameters that answers few of these learns most of them within minutes on two cores, and as held-out
-problems never occur in training, in either order of the operands, what rises there is ability.
+Made here in a few lines, so that held-out problems never occur in training, in any order of their numbers: what rises
+there is ability. A model of 135 million parameters learns each within minutes on two cores.
 
-Reinforcement learning needs right answers to begin with: at temperature 1 that model adds two such numbers in 3% of its
-answers, and tells the larger one in 16%, so that most groups of eight hold both right and wrong ones.
+Reinforcement learning needs right answers to begin with: asked freely at temperature 1, that model hardly ever adds two
+such numbers rightly, but it names the largest of four in about one answer of ten. Picking any of the four, which is all
+that the form of an answer asks for, is right in 25%.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import random
 from collections.abc import Callable, Sequence
@@ -23,11 +24,11 @@ __all__ = ["NUM_PROBLEMS", "NUM_RL_PROBLEMS", "make_rl_task", "make_task"]
 
 _LOW, _HIGH = 10, 99
 _PAIRS = [(larger, smaller) for larger in range(_LOW, _HIGH + 1) for smaller in range(_LOW, larger + 1)]
-_UNEQUAL_PAIRS = [(larger, smaller) for larger, smaller in _PAIRS if larger != smaller]
 NUM_PROBLEMS = len(_PAIRS)
 """4,095: the unordered pairs of the numbers 10 to 99."""
-NUM_RL_PROBLEMS = len(_UNEQUAL_PAIRS)
-"""4,005: those of two different numbers."""
+_CHOICES = 4
+NUM_RL_PROBLEMS = math.comb(_HIGH - _LOW + 1, _CHOICES)
+"""2,555,190: the sets of four different numbers from 10 to 99."""
 
 
 def make_task(folder: Path, *, num_train: int, num_held_out: int, seed: int) -> tuple[Path, Path]:
@@ -39,7 +40,13 @@ def make_task(folder: Path, *, num_train: int, num_held_out: int, seed: int) -> 
     Raises:
         DataError: a count is not positive, more problems are asked for than there are, or the folder cannot be written.
     """
-    return _make(folder, ("train.jsonl", "held_out.jsonl"), _PAIRS, _sum_row, (num_train, num_held_out), seed)
+
+    def make_rows(count: int, generator: random.Random) -> list[dict[str, object]]:
+        pairs = generator.sample(_PAIRS, count)
+        return [_sum_row(*generator.sample(pair, 2)) for pair in pairs]
+
+    names = ("train.jsonl", "held_out.jsonl")
+    return _write_both(folder, names, make_rows, NUM_PROBLEMS, (num_train, num_held_out), seed)
 
 
 def make_rl_task(folder: Path, *, num_train: int, num_held_out: int, seed: int) -> tuple[Path, Path]:
@@ -51,27 +58,32 @@ def make_rl_task(folder: Path, *, num_train: int, num_held_out: int, seed: int) 
     Raises:
         DataError: as `make_task`.
     """
+
+    def make_rows(count: int, generator: random.Random) -> list[dict[str, object]]:
+        problems: dict[frozenset[int], None] = {}  # a set that keeps its order
+        while len(problems) < count:
+            problems[frozenset(generator.sample(range(_LOW, _HIGH + 1), _CHOICES))] = None
+        return [_largest_row(generator.sample(sorted(numbers), _CHOICES)) for numbers in problems]
+
     names = ("rl_train.jsonl", "rl_held_out.jsonl")
-    return _make(folder, names, _UNEQUAL_PAIRS, _larger_row, (num_train, num_held_out), seed)
+    return _write_both(folder, names, make_rows, NUM_RL_PROBLEMS, (num_train, num_held_out), seed)
 
 
-def _make(
+def _write_both(
     folder: Path,
     names: tuple[str, str],
-    pairs: Sequence[tuple[int, int]],
-    make_row: Callable[[int, int], dict[str, object]],
+    make_rows: Callable[[int, random.Random], list[dict[str, object]]],
+    num_problems: int,
     counts: tuple[int, int],
     seed: int,
 ) -> tuple[Path, Path]:
     num_train, num_held_out = counts
-    if num_train < 1 or num_held_out < 1 or num_train + num_held_out > len(pairs):
+    if num_train < 1 or num_held_out < 1 or num_train + num_held_out > num_problems:
         raise DataError(
-            f"num_train={num_train} and num_held_out={num_held_out} cannot be had: there are {len(pairs):,} problems "
+            f"num_train={num_train} and num_held_out={num_held_out} cannot be had: there are {num_problems:,} problems "
             "for both. Ask for at least one of each and for fewer in all."
         )
-    generator = random.Random(seed)
-    chosen = generator.sample(pairs, num_train + num_held_out)
-    rows = [make_row(*generator.sample(pair, 2)) for pair in chosen]
+    rows = make_rows(num_train + num_held_out, random.Random(seed))
     train, held_out = folder / names[0], folder / names[1]
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -87,9 +99,10 @@ def _sum_row(left: int, right: int) -> dict[str, object]:
     return {"messages": [{"role": "user", "content": prompt}, {"role": "assistant", "content": str(left + right)}]}
 
 
-def _larger_row(left: int, right: int) -> dict[str, object]:
-    prompt = f"Which number is larger, {left} or {right}? Answer with the number only."
-    return {"messages": [{"role": "user", "content": prompt}], "ground_truth": str(max(left, right))}
+def _largest_row(numbers: Sequence[int]) -> dict[str, object]:
+    shown = ", ".join(map(str, numbers))
+    prompt = f"Numbers: {shown}. Which one is the largest? Answer with the number only."
+    return {"messages": [{"role": "user", "content": prompt}], "ground_truth": str(max(numbers))}
 
 
 def _write(path: Path, rows: list[dict[str, object]]) -> None:

@@ -308,8 +308,8 @@ class RolloutSampler:
     def _failure(self, where: str, attempts: int, error: Exception) -> str:
         tried = "1 attempt" if attempts == 1 else f"{attempts} attempts"
         return (
-            f"{where} cannot be sampled from {self.model}: {tried}, the last: {_describe(error)}. Nothing was lost: the "
-            "row stays to be sampled. Look at the deployment, then resume the run."
+            f"{where} cannot be sampled from {self.model}: {tried}, the last: {_describe(error)}. Nothing was lost: "
+            "the row stays to be sampled. Look at the deployment, then resume the run."
         )
 
     def step_completed(self) -> dict[str, float]:

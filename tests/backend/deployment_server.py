@@ -77,7 +77,7 @@ def wait_until(condition: Callable[[], bool], timeout_s: float = 20.0) -> None:
 
 
 @contextlib.contextmanager
-def served(folder: Path, model_dir: Path, *, load_hold_s: float = 10.0, **spec: Any) -> Iterator[Served]:
+def served(folder: Path, model_dir: Path, /, *, load_hold_s: float = 10.0, **spec: Any) -> Iterator[Served]:
     """The app of a deployment in `folder`, its engine closed at the end."""
     write_spec(folder, model_dir, **spec)
     described = read_spec(folder)

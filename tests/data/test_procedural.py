@@ -63,36 +63,38 @@ def test_a_folder_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
 # The rows for reinforcement learning -------------------------------------------------------------------------------
 
 
-def rl_problems(path: Path) -> list[tuple[int, int, str]]:
-    """(left, right, ground_truth) of every row."""
+def rl_problems(path: Path) -> list[tuple[list[int], str]]:
+    """(numbers, ground truth) of every row."""
     found = []
     for _, row in JsonlFile.open(path).rows():
         assert not isinstance(row, DataError)
         (question,) = (message["content"] for message in row["messages"])
-        match = re.fullmatch(r"Which number is larger, (\d\d) or (\d\d)\? Answer with the number only\.", question)
+        form = r"Numbers: (\d\d(?:, \d\d){3})\. Which one is the largest\? Answer with the number only\."
+        match = re.fullmatch(form, question)
         assert match is not None, question
-        found.append((int(match[1]), int(match[2]), row["ground_truth"]))
+        found.append(([int(number) for number in match[1].split(", ")], row["ground_truth"]))
     return found
 
 
-def test_rl_rows_are_prompts_with_the_right_truth_in_either_order(tmp_path: Path) -> None:
+def test_rl_rows_are_prompts_with_the_right_truth_in_any_place(tmp_path: Path) -> None:
     train, _ = make_rl_task(tmp_path, num_train=300, num_held_out=100, seed=0)
     found = rl_problems(train)
-    assert all(truth == str(max(left, right)) and left != right for left, right, truth in found)
-    assert 100 < sum(left > right for left, right, _ in found) < 200
-    assert numeric(f"It is {found[0][2]}.", {"ground_truth": found[0][2]}).value == 1.0
+    assert all(truth == str(max(numbers)) and len(set(numbers)) == 4 for numbers, truth in found)
+    places = [numbers.index(int(truth)) for numbers, truth in found]
+    assert all(45 < places.count(place) < 105 for place in range(4))
+    assert numeric(f"It is {found[0][1]}.", {"ground_truth": found[0][1]}).value == 1.0
 
 
 def test_held_out_rl_problems_are_not_trained_and_follow_from_the_seed(tmp_path: Path) -> None:
-    train, held_out = make_rl_task(tmp_path / "a", num_train=NUM_RL_PROBLEMS - 500, num_held_out=500, seed=3)
-    pairs = [frozenset(problem[:2]) for path in (train, held_out) for problem in rl_problems(path)]
-    assert len(set(pairs)) == len(pairs) == NUM_RL_PROBLEMS == 4005
-    again, _ = make_rl_task(tmp_path / "b", num_train=NUM_RL_PROBLEMS - 500, num_held_out=500, seed=3)
-    other, _ = make_rl_task(tmp_path / "c", num_train=NUM_RL_PROBLEMS - 500, num_held_out=500, seed=4)
+    train, held_out = make_rl_task(tmp_path / "a", num_train=3000, num_held_out=500, seed=3)
+    problems = [frozenset(numbers) for path in (train, held_out) for numbers, _ in rl_problems(path)]
+    assert len(set(problems)) == len(problems) == 3500
+    again, _ = make_rl_task(tmp_path / "b", num_train=3000, num_held_out=500, seed=3)
+    other, _ = make_rl_task(tmp_path / "c", num_train=3000, num_held_out=500, seed=4)
     assert train.read_bytes() == again.read_bytes() != other.read_bytes()
     assert sorted(path.name for path in (tmp_path / "a").iterdir()) == ["rl_held_out.jsonl", "rl_train.jsonl"]
 
 
 def test_more_rl_problems_than_there_are_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="there are 4,005 problems"):
-        make_rl_task(tmp_path, num_train=4000, num_held_out=6, seed=0)
+    with pytest.raises(DataError, match="there are 2,555,190 problems"):
+        make_rl_task(tmp_path, num_train=NUM_RL_PROBLEMS, num_held_out=6, seed=0)

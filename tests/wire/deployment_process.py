@@ -77,7 +77,7 @@ class Deployment:
         return (self.folder / "worker.log").read_text()
 
 
-def write_spec(folder: Path, model_dir: Path, **changes: Any) -> None:
+def write_spec(folder: Path, model_dir: Path, /, **changes: Any) -> None:
     """A spec.json as the control plane writes it; home is the folder above."""
     spec = {
         "deployment_id": DEPLOYMENT.rpartition("/")[2],
@@ -104,7 +104,7 @@ def spawn(folder: Path, token: str | None = TOKEN) -> subprocess.Popen[bytes]:
 
 
 @contextmanager
-def deployment(folder: Path, model_dir: Path, **changes: Any) -> Iterator[Deployment]:
+def deployment(folder: Path, model_dir: Path, /, **changes: Any) -> Iterator[Deployment]:
     """A worker for a deployment in `folder`, killed at the end."""
     write_spec(folder, model_dir, **changes)
     process = spawn(folder)

@@ -22,6 +22,14 @@ from torch import Tensor
 
 from cookbook.backend.deployment.cache import DecodeRows, PrefixStore, Prompt
 from cookbook.backend.deployment.llama import LlamaModel, PromptPiece
+from cookbook.backend.deployment.records import (
+    EngineClosed,
+    Generated,
+    GenerationRequest,
+    QueueFull,
+    RunningSequence,
+    Ticket,
+)
 from cookbook.backend.deployment.sampling import Draws, draw, token_logprobs, top_tokens, uniforms
 
 __all__ = ["Engine", "EngineClosed", "Generated", "GenerationRequest", "QueueFull", "Ticket"]
@@ -34,95 +42,13 @@ _CACHE_BYTES = 4 * 2**30
 _PREFIX_BYTES = 512 * 2**20
 
 
-class QueueFull(RuntimeError):
-    """As many requests wait as may. Try again later."""
-
-
-class EngineClosed(RuntimeError):
-    """The engine has stopped; the request will not be answered."""
-
-
-@dataclass(frozen=True)
-class GenerationRequest:
-    """One completion. temperature 0 is greedy, top_p 1 and top_k 0 are off, without a seed draws differ each time.
-
-    is_complete: called on the compute thread with all tokens so far; True ends the completion. It must be cheap.
-    """
-
-    prompt: tuple[int, ...]
-    max_tokens: int
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    seed: int | None = None
-    eos_tokens: frozenset[int] = frozenset()
-    top_logprobs: int = 0
-    prompt_logprobs: bool = False
-    is_complete: Callable[[Sequence[int]], bool] | None = None
-
-
-@dataclass(frozen=True)
-class Generated:
-    """A completion; the token that ended it is part of it. Log-probabilities in nats, one a token.
-
-    logprobs: under the model (temperature 1, full vocabulary). sampling_logprobs: under the distribution drawn from,
-    0 when greedy. top: the most probable tokens at each place, best first. prompt_logprobs: None for the first token;
-    empty unless asked for. version: of the weights behind all of it.
-    """
-
-    tokens: list[int]
-    logprobs: list[float]
-    sampling_logprobs: list[float]
-    top: list[list[tuple[int, float]]]
-    prompt_logprobs: list[float | None]
-    finish_reason: Literal["stop", "length"]
-    version: str
-    queued_s: float
-    prefill_s: float
-    decode_s: float
-    cached_prompt_tokens: int
-
-
-class Ticket(Future[Generated]):
-    """The answer to come. `cancel()` frees its place at the next step, whether it waits or runs."""
-
-
-@dataclass(eq=False)
-class _Sequence:
-    request: GenerationRequest
-    ticket: Ticket
-    on_token: Callable[[int, float], None] | None
-    seed: int
-    max_tokens: int
-    submitted: float
-    started: float = 0.0
-    decoding: float = 0.0
-    cached_tokens: int = 0
-    prompt_logprobs: list[float | None] = field(default_factory=list)
-    tokens: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    sampling_logprobs: list[float] = field(default_factory=list)
-    top: list[list[tuple[int, float]]] = field(default_factory=list)
-
-    @property
-    def num_positions(self) -> int:
-        return len(self.request.prompt) + self.max_tokens
-
-    def finish_reason(self) -> Literal["stop", "length"] | None:
-        if self.tokens and self.tokens[-1] in self.request.eos_tokens:
-            return "stop"
-        if self.tokens and self.request.is_complete is not None and self.request.is_complete(self.tokens):
-            return "stop"
-        return "length" if len(self.tokens) >= self.max_tokens else None
-
-
 @dataclass(eq=False)
 class _Prefill:
     """A prompt being filled in, and who waits for it."""
 
     prompt: Prompt
     wants_logprobs: bool
-    waiters: list[_Sequence]
+    waiters: list[RunningSequence]
     logprobs: list[float | None] = field(default_factory=list)
 
 
@@ -144,14 +70,14 @@ class Engine:
         self, load: Callable[[], LlamaModel], version: str, *, max_batch: int, max_context: int, max_waiting: int
     ) -> None:
         self._changed = threading.Condition()
-        self._waiting: deque[_Sequence] = deque()
+        self._waiting: deque[RunningSequence] = deque()
         self._max_batch, self._max_waiting = max_batch, max_waiting
         self._version = version
         self._load: _Load | None = None
         self._drop_prefixes = self._closing = False
         self._prefills: deque[_Prefill] = deque()
-        self._ready: deque[tuple[_Sequence, Prompt]] = deque()
-        self._rows: list[_Sequence] = []
+        self._ready: deque[tuple[RunningSequence, Prompt]] = deque()
+        self._rows: list[RunningSequence] = []
         self._prefixes = PrefixStore(_PREFIX_BYTES)
         started: Future[None] = Future()
         self._thread = threading.Thread(
@@ -189,7 +115,7 @@ class Engine:
         seed = secrets.randbits(64) if request.seed is None else request.seed % 2**64
         room = self.max_context - len(request.prompt)
         ticket = Ticket()
-        sequence = _Sequence(request, ticket, on_token, seed, min(request.max_tokens, room), time.monotonic())
+        sequence = RunningSequence(request, ticket, on_token, seed, min(request.max_tokens, room), time.monotonic())
         with self._changed:
             if self._closing:
                 raise EngineClosed("the sampler is shutting down")
@@ -316,9 +242,12 @@ class Engine:
             admitted = [self._waiting.popleft() for _ in range(min(room, len(self._waiting)))]
         for sequence in admitted:
             sequence.started = time.monotonic()
-            self._begin(sequence)
+            try:
+                self._begin(sequence)
+            except Exception as error:  # memory, above all: the next one may fit
+                _fail([sequence], error)
 
-    def _begin(self, sequence: _Sequence) -> None:
+    def _begin(self, sequence: RunningSequence) -> None:
         """Find the prompt complete, or being filled in, or start to fill it in behind what is known of it."""
         request = sequence.request
         known = self._prefixes.exact(request.prompt)
@@ -355,7 +284,9 @@ class Engine:
         if not pieces:
             return
         hidden_MH = self._model.prefill([piece for _, piece in pieces])
-        for (prefill, _), hidden in zip(pieces, hidden_MH.split([piece.count for _, piece in pieces]), strict=True):
+        for (prefill, _), hidden in zip(
+            pieces, torch.split(hidden_MH, [piece.count for _, piece in pieces]), strict=True
+        ):
             self._after_prefill(prefill, hidden)
 
     def _after_prefill(self, prefill: _Prefill, hidden_MH: Tensor) -> None:
@@ -376,7 +307,7 @@ class Engine:
         following = torch.from_numpy(prompt.array[start + 1 : prompt.filled + 1])
         result: list[float] = []
         for hidden, tokens in zip(
-            hidden_MH[: len(following)].split(_LOGITS_ROWS), following.split(_LOGITS_ROWS), strict=True
+            torch.split(hidden_MH[: len(following)], _LOGITS_ROWS), torch.split(following, _LOGITS_ROWS), strict=True
         ):
             result += token_logprobs(self._model.logits(hidden), tokens).tolist()
         return result
@@ -393,8 +324,7 @@ class Engine:
             parts.append(torch.stack(fresh))
         self._draw(torch.cat(parts))
         for row in reversed(range(len(self._rows))):
-            if reason := self._rows[row].finish_reason():
-                self._finish(row, reason)
+            self._finish_if_complete(row)
 
     def _take_ready(self) -> list[Tensor]:
         """Give rows to sequences whose prompt is complete; the hidden states that their first tokens come from."""
@@ -438,8 +368,16 @@ class Engine:
                 if count := sequence.request.top_logprobs:
                     normalizer = float(drawn.log_normalizer_B[row])
                     sequence.top.append(top_tokens(logits_BV[row], normalizer, count))
-                if sequence.on_token is not None:
-                    sequence.on_token(token, logprob)
+                sequence.tell(token, logprob)
+
+    def _finish_if_complete(self, row: int) -> None:
+        sequence = self._rows[row]
+        reason = sequence.finish_reason()
+        if sequence.error is not None:
+            self._free(row)
+            _fail([sequence], sequence.error)
+        elif reason is not None:
+            self._finish(row, reason)
 
     def _finish(self, row: int, reason: Literal["stop", "length"]) -> None:
         sequence = self._rows[row]
@@ -463,7 +401,7 @@ class Engine:
             )
         )
 
-    def _keep(self, row: int, sequence: _Sequence) -> None:
+    def _keep(self, row: int, sequence: RunningSequence) -> None:
         """Prompt and completion may be the start of the next prompt. (The last token was never fed to the model.)"""
         tokens = (*sequence.request.prompt, *sequence.tokens[:-1])
         if len(tokens) > len(sequence.request.prompt):
@@ -521,7 +459,7 @@ class Engine:
             load.done.set_exception(error)
 
 
-def _fail(sequences: Sequence[_Sequence], error: BaseException) -> None:
+def _fail(sequences: Sequence[RunningSequence], error: BaseException) -> None:
     for sequence in sequences:
         if sequence.ticket.set_running_or_notify_cancel():
             sequence.ticket.set_exception(error)

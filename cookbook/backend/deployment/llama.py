@@ -136,7 +136,7 @@ class LlamaModel:
 
         def attend(layer: int, query_BQD: Tensor, key_BGD: Tensor, value_BGD: Tensor) -> Tensor:
             keys_BGDT, values_BGTD = rows.keys_LRGDT[layer, :num_rows], rows.values_LRGTD[layer, :num_rows]
-            keys_BGDT.view(-1).index_put_((key_places,), key_BGD.reshape(-1))
+            keys_BGDT.view(-1).put_(key_places, key_BGD.reshape(-1))
             values_BGTD.view(-1, self.shape.head_dim).index_copy_(0, value_places, value_BGD.flatten(0, 1))
             grouped = query_BQD.reshape(num_rows, self.shape.num_kv_heads, -1, self.shape.head_dim)
             scores = torch.matmul(grouped, keys_BGDT[..., :length])
@@ -191,12 +191,12 @@ class LlamaModel:
         for number, layer in enumerate(self.layers):
             normed_MH = functional.rms_norm(x_MH, (shape.hidden_size,), layer.attention_norm_H, shape.eps)
             qkv = layer.qkv(normed_MH.to(self.dtype))
-            turned, value = qkv.split([query_size + kv_size, kv_size], dim=1)
+            turned, value = torch.split(qkv, [query_size + kv_size, kv_size], dim=1)
             turned = turned.view(len(x_MH), -1, shape.head_dim)
             if layer.query_norm_D is not None and layer.key_norm_D is not None:
                 turned = self._normed_heads(turned, layer.query_norm_D, layer.key_norm_D)
             turned = _rotate(turned.float(), cos_M1D, sin_M1D).to(self.dtype)
-            query, key = turned.split([shape.num_heads, shape.num_kv_heads], dim=1)
+            query, key = torch.split(turned, [shape.num_heads, shape.num_kv_heads], dim=1)
             attended = attend(number, query, key, value.view(len(x_MH), -1, shape.head_dim))
             x_MH += layer.out(attended)
             normed_MH = functional.rms_norm(x_MH, (shape.hidden_size,), layer.mlp_norm_H, shape.eps)
@@ -205,7 +205,7 @@ class LlamaModel:
         return functional.rms_norm(x_MH, (shape.hidden_size,), self.final_norm_H, shape.eps)
 
     def _normed_heads(self, turned: Tensor, query_norm_D: Tensor, key_norm_D: Tensor) -> Tensor:
-        query, key = turned.float().split([self.shape.num_heads, self.shape.num_kv_heads], dim=1)
+        query, key = torch.split(turned.float(), [self.shape.num_heads, self.shape.num_kv_heads], dim=1)
         size = (self.shape.head_dim,)
         query = functional.rms_norm(query, size, query_norm_D, self.shape.eps)
         return torch.cat([query, functional.rms_norm(key, size, key_norm_D, self.shape.eps)], dim=1)
@@ -268,8 +268,9 @@ def _bias(bias: Tensor | None, name: str) -> Tensor:
 
 def _read_head(shape: ModelShape, tensors: ModelTensors, embedding_VH: Tensor) -> Linear:
     weight = embedding_VH if shape.is_tied else tensors.get("lm_head.weight")
-    missing = -len(weight) % BLOCK
-    return Linear(functional.pad(weight.float(), (0, 0, 0, missing)), None)
+    if missing := -len(weight) % BLOCK:
+        weight = functional.pad(weight, (0, 0, 0, missing))
+    return Linear(weight.float(), None)
 
 
 def _adapted(layer: _Layer, shape: ModelShape, parts: dict[str, LoraWeights], folder: Path) -> _Layer:
