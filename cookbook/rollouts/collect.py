@@ -229,7 +229,7 @@ class RolloutCollector:
         except EmptyCompletion as empty:
             return RejectedRow(ordinal, row.index, str(empty))
         reason = rejection(self._filter, group)
-        return group if reason is None else RejectedRow(ordinal, row.index, reason)
+        return group if reason is None else RejectedRow(ordinal, row.index, reason, group.rewards)
 
     async def _sample_group(self, row: PromptRow, ordinal: int, version: str) -> PromptGroup:
         """All completions of a row, served by the version that is expected.

@@ -94,3 +94,5 @@ class RejectedRow:
     row: int
     index: int
     reason: str
+    rewards: tuple[float, ...] = ()
+    """One a completion; empty where there is no whole group."""

@@ -146,7 +146,7 @@ def _read(records: list[dict[str, Any]], step: int) -> CollectedStep:
     head, end = records[0], records[-1]
     groups = tuple(_group_from_dict(record) for record in records if record["kind"] == "group")
     rejected = tuple(
-        RejectedRow(record["row"], record["index"], record["reason"])
+        RejectedRow(record["row"], record["index"], record["reason"], tuple(record["rewards"]))
         for record in records
         if record["kind"] == "rejected"
     )

@@ -63,20 +63,23 @@ def write_trajectories(
 
 
 def rollout_metrics(collected: CollectedStep) -> dict[str, float]:
-    """Metrics of what was collected: rewards and advantages of the accepted groups, lengths, and rejected rows.
+    """Metrics of what was collected: rewards of all groups, and lengths of those that are trained.
 
-    Rewards are those of trained completions only: groups whose rewards are all equal are rejected and missing here.
+    `reward/mean` and `reward/std` are over all completions, also of rejected groups (all right, or all wrong); what the
+    step is trained on has `reward/trained_mean` and the parts of the reward.
     """
     ended = len(collected.groups) + len(collected.rejected)
     metrics = {"rollout/groups": float(len(collected.groups)), "rollout/rejected": float(len(collected.rejected))}
     if ended:
         metrics["rollout/rejected_share"] = len(collected.rejected) / ended
+    rewards = [reward for item in (*collected.groups, *collected.rejected) for reward in item.rewards]
+    if rewards:
+        metrics |= {"reward/mean": fmean(rewards), "reward/std": pstdev(rewards)}
+        metrics |= {"reward/min": min(rewards), "reward/max": max(rewards)}
     completions = [completion for group in collected.groups for completion in group.completions]
     if not completions:
         return metrics
-    rewards = [completion.reward for completion in completions]
-    metrics |= {"reward/mean": fmean(rewards), "reward/std": pstdev(rewards)}
-    metrics |= {"reward/min": min(rewards), "reward/max": max(rewards)}
+    metrics["reward/trained_mean"] = fmean(completion.reward for completion in completions)
     for name in sorted({name for completion in completions for name in completion.parts}):
         metrics[f"reward/{name}"] = fmean(completion.parts.get(name, 0.0) for completion in completions)
     metrics["rollout/tokens"] = float(sum(completion.num_sampled for completion in completions))

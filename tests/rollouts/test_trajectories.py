@@ -28,9 +28,10 @@ def test_a_step_becomes_a_file_with_a_line_a_completion(tmp_path, tiny_tokenizer
 def test_metrics_tell_rewards_lengths_and_rejections():
     groups = (make_group(0, (0.0, 1.0), parts={"format": 0.5}), make_group(2, (3.0, 4.0), finish_reason="length"))
     ledger = RowLedger(total=9).book(next_row=3, trained=[0, 2], rejected=[1])
-    metrics = rollout_metrics(CollectedStep(groups, (RejectedRow(1, 1, "equal"),), ledger, "v"))
-    assert metrics["reward/mean"] == 2.0
-    assert metrics["reward/std"] == pytest.approx(2.5**0.5)
+    metrics = rollout_metrics(CollectedStep(groups, (RejectedRow(1, 1, "equal", (8.0, 8.0)),), ledger, "v"))
+    assert metrics["reward/trained_mean"] == 2.0
+    assert metrics["reward/mean"] == 4.0  # also of what is not trained
+    assert metrics["reward/std"] == pytest.approx((58 / 6) ** 0.5)
     assert metrics["reward/format"] == 0.25
     assert metrics["rollout/truncated_share"] == 0.5
     assert metrics["rollout/tokens"] == 12
