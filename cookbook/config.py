@@ -641,6 +641,12 @@ class RLConfig(RecipeConfig):
         return self.lora_rank > 0 or self.infra.ref_training_shape_id is not None or self.reference_job_id is not None
 
     @property
+    def needs_reference_trainer(self) -> bool:
+        """Whether the KL term is taken against a trainer of its own; the base under a LoRA adapter needs none."""
+        is_named = self.reference_job_id is not None or self.infra.ref_training_shape_id is not None
+        return self.kl_beta > 0 and is_named
+
+    @property
     def active_kl_beta(self) -> float:
         """`kl_beta` where there is a reference, else 0."""
         return self.kl_beta if self.has_reference else 0.0
@@ -665,6 +671,13 @@ class RLConfig(RecipeConfig):
                 f"is {self.kl_beta}, but there is no reference: lora_rank is 0 and infra.ref_training_shape_id is None."
             )
             add("kl_beta", what, "Set infra.ref_training_shape_id, train a LoRA adapter, or set kl_beta to 0.")
+        interval, syncs = self.evaluation.interval, self.weight_sync.weight_sync_interval
+        if self.evaluation.dataset is not None and syncs == 0:
+            what = "is set, but weight_sync.weight_sync_interval is 0: the deployment never gets the trained weights."
+            add("evaluation.dataset", what, "Set weight_sync.weight_sync_interval, or remove it.")
+        elif interval > 0 and interval % syncs != 0:
+            what = f"is {interval}, which is not a multiple of weight_sync.weight_sync_interval={syncs}: between two weight syncs the deployment has older weights."
+            add("evaluation.interval", what, "Use a multiple of it.")
         if self.router_replay:
             add("router_replay", "is true, but this is not available.", "Remove it.")
         for role in ("policy", "reference"):

@@ -162,8 +162,7 @@ def provision_reference(
     Raises:
         ProvisioningError, ModelError, ConfigError, LeaseLost: as for `provision_trainer`.
     """
-    is_named = config.reference_job_id is not None or config.infra.ref_training_shape_id is not None
-    if config.active_kl_beta == 0 or not is_named:
+    if not config.needs_reference_trainer:
         return None
     return provision_trainer(control, ledger, config, role="reference", forward_only=True, deadline=deadline)
 

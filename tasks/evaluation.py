@@ -32,9 +32,9 @@ def held_out_loss(run: Run, data: SFTData, progress: Progress) -> dict[str, floa
 
 
 def evaluate_rewards(run: RLRun, progress: Progress) -> None:
-    """Answer the held-out rows, unless there are none, this step was evaluated already, or nothing is ever synced."""
-    is_stale = run.config.weight_sync.weight_sync_interval == 0 and progress.step > 0
-    if run.rows.held_out is not None and progress.step not in run.evaluations() and not is_stale:
+    """Answer the held-out rows, unless there are none, this step was evaluated, or the sampler has other weights."""
+    is_done = progress.step in run.evaluations()
+    if run.rows.held_out is not None and run.is_synced(progress) and not is_done:
         greedy_reward(run, progress)
 
 

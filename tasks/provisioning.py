@@ -75,7 +75,7 @@ def provision_rl(run: RLRun) -> None:
     """
     run.control.account_id()  # before the threads, which share it
     tasks: list[RecordedTask[Any, [], Any]] = [provision_trainer, provision_deployment]
-    if run.config.active_kl_beta > 0:
+    if run.config.needs_reference_trainer:
         tasks.append(provision_reference)
     run.records.side_by_side(tasks, run)
     assert run.trainer is not None

@@ -62,6 +62,8 @@ class RLRun(Run):
         self.reference_trainer: TrainerHandle | None = None
         self.reference: Reference | None = None
         self.sync: WeightSync | None = None
+        self.synced_step: int | None = None
+        """Step whose weights the deployment serves; None = no weight sync in this start of the run."""
         self.sampler: RolloutSampler | None = None
         self.collector: RolloutCollector | None = None
         self._closing = ExitStack()
@@ -84,6 +86,10 @@ class RLRun(Run):
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The policy's tokenizer."""
         return self.rows.train.renderer.tokenizer
+
+    def is_synced(self, progress: Progress) -> bool:
+        """Whether the deployment serves the trainer's weights at `progress`."""
+        return (self.synced_step or 0) == progress.step
 
     def rows_left(self, progress: Progress) -> bool:
         """Whether any row is neither trained nor rejected."""

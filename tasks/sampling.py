@@ -46,8 +46,14 @@ def sample(run: RLRun, progress: Progress) -> CollectedStep:
     return step
 
 
+def check_sampler(run: RLRun, progress: Progress) -> None:
+    """Check that sampler and trainer agree, where they have the same weights."""
+    if run.is_synced(progress):
+        check_agreement(run)
+
+
 @recorded(deadline=lambda config: config.step_timeout_s, retried=False)
-def check_sampler(run: RLRun, progress: Progress) -> dict[str, float]:
+def check_agreement(run: RLRun) -> dict[str, float]:
     """Compare the sampler's logprobs of a few completions with the trainer's.
 
     Raises:

@@ -19,7 +19,8 @@ def start_sampler(run: RLRun, progress: Progress) -> None:
     """Make the sampler serve the trainer's weights before it is used for the first time.
 
     On a fresh run both have the base model's. Everything else needs a weight sync: other weights in the trainer
-    (a resumed run, init_from_checkpoint) or in the deployment (adopted, or left by an earlier start).
+    (a resumed run, init_from_checkpoint) or in the deployment (adopted, or left by an earlier start). With
+    weight_sync_interval 0 a resumed run goes on sampling from the base model, as it did before.
     """
     assert run.trainer is not None, "provision_rl comes first"
     assert run.deployment is not None, "provision_rl comes first"
@@ -36,9 +37,9 @@ def start_sampler(run: RLRun, progress: Progress) -> None:
             tokenizer=run.tokenizer,
         )
     )
-    served = run.sync.serving()
-    is_fresh = progress.step == 0 and config.init_from_checkpoint is None
-    if served != "" or not is_fresh or config.weight_sync.weight_sync_before_training:
+    has_other_weights = progress.step > 0 and config.weight_sync.weight_sync_interval > 0
+    is_wanted = config.weight_sync.weight_sync_before_training or config.init_from_checkpoint is not None
+    if run.sync.serving() != "" or has_other_weights or is_wanted:
         weight_sync(run, progress)
 
 
@@ -67,6 +68,7 @@ def weight_sync(run: RLRun, progress: Progress) -> str:
     """
     if run.sync is None:
         raise WeightSyncError("there is no deployment to sync to yet: start_sampler comes first.")
-    result = run.sync.sync(f"step-{progress.step}", first=run.sync.version == "")
+    result = run.sync.sync(f"step-{progress.step}", first=run.synced_step is None)
+    run.synced_step = progress.step
     run.note({"sync/save_s": result.save_s, "sync/load_s": result.load_s, "sync/verify_s": result.verify_s})
     return result.version

@@ -72,7 +72,8 @@ def rollout_metrics(collected: CollectedStep) -> dict[str, float]:
     metrics = {"rollout/groups": float(len(collected.groups)), "rollout/rejected": float(len(collected.rejected))}
     if ended:
         metrics["rollout/rejected_share"] = len(collected.rejected) / ended
-    rewards = [reward for item in (*collected.groups, *collected.rejected) for reward in item.rewards]
+    rewards = [reward for group in collected.groups for reward in group.rewards]
+    rewards += [reward for row in collected.rejected for reward in row.rewards]
     if rewards:
         metrics |= {"reward/mean": fmean(rewards), "reward/std": pstdev(rewards)}
         metrics |= {"reward/min": min(rewards), "reward/max": max(rewards)}
