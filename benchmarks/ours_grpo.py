@@ -17,9 +17,9 @@ from typing import Any
 from cookbook.config import RLConfig, environment
 from cookbook.data.rl import load_rl_data
 from cookbook.deadlines import Deadline
-from cookbook.deployments import provision_deployment, release_deployment
+from cookbook.deployments import provision_deployment, release_deployments
 from cookbook.ledger import ResourceLedger
-from cookbook.provisioning import connect, provision_trainer, release_trainer
+from cookbook.provisioning import connect, provision_trainer, release_trainers
 from cookbook.rollouts.collect import RolloutCollector
 from cookbook.rollouts.ledger import RowLedger
 from cookbook.rollouts.sampler import RolloutSampler
@@ -70,11 +70,11 @@ def measure(config: RLConfig, steps: int) -> dict[str, list[Any]]:
         run = stack.enter_context(RunDirectory.open(config.log_path, recipe="rl", config=contents, home=env.home))
         ledger = ResourceLedger(run)
         trainer = provision_trainer(control, ledger, config, deadline=Deadline(600))
-        stack.callback(release_trainer, control, ledger, trainer, delete=True)
+        stack.callback(release_trainers, control, ledger, delete=True)
         deployment = provision_deployment(
             control, ledger, config, trainer=trainer, run_id=run.run_id, deadline=Deadline(600)
         )
-        stack.callback(release_deployment, control, ledger, deployment)
+        stack.callback(release_deployments, control, ledger)
         data = load_rl_data(config, env.home / "models", run.path / "data")
         sampler = stack.enter_context(
             RolloutSampler(

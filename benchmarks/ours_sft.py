@@ -17,7 +17,7 @@ from cookbook.data.datums import datum_from_row, token_mean_weights
 from cookbook.data.rendering import RenderedRow
 from cookbook.deadlines import Deadline
 from cookbook.ledger import ResourceLedger
-from cookbook.provisioning import connect, provision_trainer, release_trainer
+from cookbook.provisioning import connect, provision_trainer, release_trainers
 from cookbook.run import RunDirectory
 
 
@@ -50,7 +50,7 @@ def measure(config: SFTConfig, rows: list[RenderedRow], steps: int, learning_rat
                 adam = AdamParams(learning_rate=learning_rate, beta2=0.999, eps=1e-8, weight_decay=0.01)
                 results = [train_step(client, rows, adam) for _ in range(steps)]
         finally:
-            release_trainer(control, ledger, trainer, delete=True)
+            release_trainers(control, ledger, delete=True)
     return {"seconds": [s for s, _ in results], "losses": [loss for _, loss in results]}
 
 

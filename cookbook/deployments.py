@@ -24,7 +24,7 @@ from cookbook.errors import ConfigError, Problem, ProvisioningError
 from cookbook.ledger import ResourceLedger, ResourceRecord
 from cookbook.provisioning import TrainerHandle, wire_model
 
-__all__ = ["DeploymentHandle", "attach_trainer", "deployment_id_of", "provision_deployment", "release_deployment"]
+__all__ = ["DeploymentHandle", "attach_trainer", "deployment_id_of", "provision_deployment", "release_deployments"]
 
 ROLE = "sampler"
 READY = "READY"
@@ -37,7 +37,7 @@ _LONGEST_ID = 63
 _FIRST_PAUSE_S = 0.1
 _LONGEST_PAUSE_S = 5.0
 _ATTACH_POLL_S = 2.0
-_TRAINER_WAIT_S = 120.0  # for the trainer job to be created by another thread; it need not be ready
+_TRAINER_WAIT_S = 60.0  # for the trainer job to be created by another thread; it need not be ready
 
 logger = logging.getLogger(__name__)
 
@@ -129,19 +129,17 @@ def attach_trainer(control: ControlPlane, deployment: DeploymentHandle, job_name
     )
 
 
-def release_deployment(control: ControlPlane, ledger: ResourceLedger, deployment: DeploymentHandle) -> None:
-    """Delete a run's own deployment: a run that goes on makes the next one. Nothing is done to an adopted one.
+def release_deployments(control: ControlPlane, ledger: ResourceLedger) -> None:
+    """Delete a run's own deployments: a run that goes on makes the next one. An adopted one is not in the ledger.
 
     Raises:
-        LeaseLost: another process owns the run, and may be using the deployment. Nothing was done.
+        LeaseLost: another process owns the run, and may be using the deployments. Nothing was done.
         ProvisioningError: the backend did not do it.
     """
-    if deployment.adopted:
-        return
     ledger.check_lease()
-    control.delete_deployment(deployment.deployment_id)
     for record in ledger.all():
-        if record.resource_id == deployment.deployment_id:
+        if record.kind == "deployment" and record.state != "freed":
+            control.delete_deployment(record.resource_id)
             ledger.freed(record)
 
 

@@ -31,7 +31,7 @@ __all__ = [
     "promote",
     "provision_reference",
     "provision_trainer",
-    "release_trainer",
+    "release_trainers",
     "wire_model",
 ]
 
@@ -167,24 +167,23 @@ def provision_reference(
     return provision_trainer(control, ledger, config, role="reference", forward_only=True, deadline=deadline)
 
 
-def release_trainer(control: ControlPlane, ledger: ResourceLedger, trainer: TrainerHandle, *, delete: bool) -> None:
-    """Give the hardware of a trainer back: deleted when the run is over, else cancelled, to be resumed. Its checkpoints
-    stay. Nothing is done to an adopted one.
+def release_trainers(control: ControlPlane, ledger: ResourceLedger, *, delete: bool) -> None:
+    """Give the hardware of a run's trainers back: deleted when the run is over, else cancelled, to be resumed. Their
+    checkpoints stay. Nothing is done to an adopted one, which is not in the ledger.
 
     Raises:
-        LeaseLost: another process owns the run, and may be using the trainer. Nothing was done.
+        LeaseLost: another process owns the run, and may be using the trainers. Nothing was done.
         ProvisioningError: the backend did not do it.
     """
-    if trainer.adopted:
-        return
     ledger.check_lease()
-    if not delete:
-        control.cancel(trainer.job_id)
-        return
-    control.delete(trainer.job_id)
     for record in ledger.all():
-        if record.resource_id == trainer.job_id:
+        if record.kind != "trainer" or record.state == "freed":
+            continue
+        if delete:
+            control.delete(record.resource_id)
             ledger.freed(record)
+        else:
+            control.cancel(record.resource_id)
 
 
 def _request(

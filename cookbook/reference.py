@@ -143,7 +143,7 @@ def open_reference(
         trainer.base_model,
         lora_rank=0,
         user_metadata=user_metadata,
-        base_only=trainer.lora_rank > 0,
+        base_only=trainer.lora_rank > 0 or (reference is None and config.lora_rank > 0),
         base_url=trainer.base_url,
         default_timeout_s=config.step_timeout_s,
     )

@@ -31,6 +31,7 @@ __all__ = [
     "RunDirectory",
     "RunRecord",
     "list_runs",
+    "numbers_fingerprint",
 ]
 
 RUN_FILE = "run.json"
@@ -50,7 +51,11 @@ FREE_FIELDS = (
     "log_path",
     "logprob_check_limit",
     "output_model_id",
+    "policy_base_url",
+    "policy_job_id",
     "promote_timeout_s",
+    "reference_base_url",
+    "reference_job_id",
     "retry",
     "reward_timeout_s",
     "runner",
@@ -63,6 +68,9 @@ FREE_FIELDS = (
     "weight_sync.weight_sync_timeout",
 )
 """Config fields (with all below them) that may change when a run is resumed. Every other one changes its numbers."""
+
+PINNED_FIELDS = ("deployment.tokenizer_model", "infra.ref_training_shape_id")
+"""Fields below free ones that do change a run's numbers."""
 
 _LEASE_WAIT_S = 1.0  # `list_runs` holds the lock for a moment to see whether a run is live
 _WRITE_LOCK_TIMEOUT_S = 30.0
@@ -376,13 +384,34 @@ def _changes(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -
     changes = []
     for name in sorted(old.keys() & new.keys()):
         path = prefix + name
-        if path in FREE_FIELDS or old[name] == new[name]:
+        if old[name] == new[name]:
             continue
         if isinstance(old[name], Mapping) and isinstance(new[name], Mapping):
             changes += _changes(old[name], new[name], f"{path}.")
-        else:
+        elif not _is_free(path):
             changes.append((path, old[name], new[name]))
     return changes
+
+
+def numbers_fingerprint(config: Mapping[str, Any], data_fingerprint: str) -> str:
+    """sha256 (hex) of the data and of every config field that changes a run's numbers: those that are not free."""
+
+    def pinned(values: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for name, value in values.items():
+            path = prefix + name
+            if isinstance(value, Mapping):
+                found |= pinned(value, f"{path}.")
+            elif not _is_free(path):
+                found[path] = value
+        return found
+
+    text = json.dumps([pinned(config, ""), data_fingerprint], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _is_free(path: str) -> bool:
+    return path not in PINNED_FIELDS and any(path == free or path.startswith(f"{free}.") for free in FREE_FIELDS)
 
 
 def _last_commit(path: Path) -> int | None:

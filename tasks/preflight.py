@@ -10,6 +10,8 @@ from cookbook.data.rl import RLData, load_rl_data
 from cookbook.data.rl_preflight import RLPreflightReport
 from cookbook.data.sft import SFTData, load_sft_data
 from cookbook.errors import ConfigError
+from cookbook.rollouts.environment import load_environment
+from cookbook.rollouts.filters import load_group_filter
 from cookbook.validation import check_inputs, with_row_problems
 from tasks.record import recorded
 from tasks.rl_run import RLRun
@@ -47,6 +49,8 @@ def preflight_rl(run: RLRun) -> RLData:
         ConfigError, CheckpointError: as `preflight`.
     """
     _check(run)
+    load_group_filter(run.config.group_filter)
+    load_environment(run.config.environment)
     run.data = load_rl_data(
         run.config,
         run.env.home / "models",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from uuid import UUID
@@ -9,6 +10,8 @@ from uuid import UUID
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
 
 __all__ = ["ProgressArtifact"]
+
+logger = logging.getLogger(__name__)
 
 MIN_INTERVAL_S = 10.0
 
@@ -29,8 +32,11 @@ class ProgressArtifact:
         self._last = self._clock()
         percent = 100.0 * step / max(1, total_steps)
         description = f"step {step} of {total_steps}" + (f", {note}" if note else "")
-        if self._id is None:
-            self._id = create_progress_artifact(percent, key=self._key, description=description)  # type: ignore[assignment]
-        else:
-            update_progress_artifact(self._id, percent, description=description)
+        try:
+            if self._id is None:
+                self._id = create_progress_artifact(percent, key=self._key, description=description)  # type: ignore[assignment]
+            else:
+                update_progress_artifact(self._id, percent, description=description)
+        except Exception as error:  # a server that is busy or gone must not end training
+            logger.warning("the progress artifact was not updated: %s", error)
         return description

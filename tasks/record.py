@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import logging
 import random
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -20,6 +21,8 @@ from typing import Any, Concatenate, Generic, ParamSpec, Protocol, TypeVar
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
+from prefect.futures import as_completed
+from prefect.utilities.annotations import quote
 
 from cookbook.config import RecipeConfig, RetryConfig
 from cookbook.errors import (
@@ -85,8 +88,8 @@ class Policy:
     deadline_s: float
     retry: RetryConfig | None
 
-    def prefect_options(self) -> dict[str, Any]:
-        """The same policy as options of a Prefect task."""
+    def prefect_options(self, given_up: Callable[[], bool] = lambda: False) -> dict[str, Any]:
+        """The same policy as options of a Prefect task; nothing is retried once it was `given_up`."""
         if self.retry is None or self.retry.attempts == 1:
             return {"timeout_seconds": self.deadline_s + BACKSTOP_S, "retries": 0}
         retry, started = self.retry, time.monotonic()
@@ -94,7 +97,7 @@ class Policy:
         def goes_on(_task: Any, _run: Any, state: Any) -> bool:
             error = state.result(raise_on_failure=False)
             in_time = retry.deadline_s == 0 or time.monotonic() - started < retry.deadline_s
-            return in_time and is_retried(error)
+            return in_time and is_retried(error) and not given_up()
 
         return {
             "timeout_seconds": self.deadline_s + BACKSTOP_S,
@@ -157,6 +160,11 @@ def recorded(
     return decorate
 
 
+def _unsearched(argument: Any) -> Any:
+    """An argument in which Prefect does not look for futures: it would visit every token of a step's completions."""
+    return argument if isinstance(argument, str | int | float | None) else quote(argument)
+
+
 class Records:
     """The records that one run has made: when each task was last recorded, and how many calls each had."""
 
@@ -182,29 +190,34 @@ class Records:
             task_run_name=f"{name} (and {skipped} before)" if skipped else name, **policy.prefect_options()
         )
         try:
-            return configured(run, *args, **kwargs)
+            return configured(run, *map(_unsearched, args), **kwargs)
         finally:
             self._last[name] = self._clock()
 
     def side_by_side(self, tasks: Sequence[RecordedTask[R, [], Any]], run: R) -> None:
         """Call tasks at the same time, each in a thread and with a record of its own; wait for all of them.
 
-        The deadlines in the bodies hold. Prefect's time-out behind them is left out: it cannot interrupt a thread.
+        The deadlines in the bodies hold. Prefect's time-out behind them is left out: it cannot interrupt a thread. Once
+        one has failed, or the wait is interrupted, the others are not retried any more; releasing what they wait for
+        ends them.
 
         Raises:
-            the first error, in the order of `tasks`, once all have ended.
+            what the first one to fail raises, at once.
         """
+        given_up = threading.Event()
         futures = []
         for each in tasks:
             name = each.body.__name__
             self.calls[name] += 1
             self.recorded[name] += 1
-            options = each.policy(self._config).prefect_options() | {"timeout_seconds": None}
+            options = each.policy(self._config).prefect_options(given_up.is_set) | {"timeout_seconds": None}
             futures.append(each.task.with_options(**options).submit(run))
-        for future in futures:
-            future.wait()
-        for future in futures:
-            future.result()
+        try:
+            for future in as_completed(futures):
+                future.result()
+        except BaseException:
+            given_up.set()
+            raise
 
     def table(self) -> list[dict[str, Any]]:
         """Calls and records of each task, for the report at the end."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
@@ -13,15 +15,15 @@ from prefect.artifacts import create_table_artifact
 
 from cookbook.config import Environment, RLConfig
 from cookbook.data.rl import RLData
-from cookbook.deployments import DeploymentHandle, release_deployment
+from cookbook.deployments import DeploymentHandle, release_deployments
 from cookbook.files import read_json, read_jsonl
-from cookbook.provisioning import TrainerHandle, release_trainer
+from cookbook.provisioning import TrainerHandle
 from cookbook.reference import Reference
 from cookbook.rollouts.collect import RolloutCollector
 from cookbook.rollouts.ledger import RowLedger
 from cookbook.rollouts.sampler import RolloutSampler
 from cookbook.rollouts.store import RolloutStore
-from cookbook.run import Progress, RunDirectory
+from cookbook.run import Progress, RunDirectory, numbers_fingerprint
 from cookbook.tracking.tracker import METRICS_FILE
 from cookbook.weight_sync import WeightSync
 from tasks.run import Run
@@ -30,6 +32,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 __all__ = ["RLRun"]
+
+logger = logging.getLogger(__name__)
 
 ROLLOUTS_FOLDER = "rollouts"
 ANSWERS_FOLDER = "evaluations"
@@ -55,7 +59,6 @@ class RLRun(Run):
 
     def __init__(self, config: RLConfig, directory: RunDirectory, env: Environment) -> None:
         super().__init__(config, directory, env)
-        self.store = RolloutStore(directory.path / ROLLOUTS_FOLDER)
         self.answers = directory.path / ANSWERS_FOLDER
         self.data: RLData | None = None
         self.deployment: DeploymentHandle | None = None
@@ -75,6 +78,12 @@ class RLRun(Run):
         """Have `part` closed when the run ends, the last one first."""
         self._closing.callback(part.close)
         return part
+
+    @cached_property
+    def store(self) -> RolloutStore:
+        """What was sampled for each step, under the run's present config and data."""
+        fingerprint = numbers_fingerprint(self.config.model_dump(mode="json"), self.rows.fingerprint)
+        return RolloutStore(self.directory.path / ROLLOUTS_FOLDER, fingerprint)
 
     @property
     def rows(self) -> RLData:
@@ -128,22 +137,25 @@ class RLRun(Run):
         self._table_at = time.monotonic()
         shown = ("step", "row", "prompt", "completion", "reward", "advantage", "tokens", "finish", "version")
         table = [{name: row[name] for name in shown} for row in rows[:TABLE_ROWS]]
-        create_table_artifact(table, key=f"rollouts-{self.directory.run_id}", description="Completions of one step")
+        try:
+            create_table_artifact(table, key=f"rollouts-{self.directory.run_id}", description="Completions of one step")
+        except Exception as error:  # a server that is busy or gone must not end training
+            logger.warning("the table of completions was not updated: %s", error)
 
     def _release(self, *, delete: bool) -> None:
-        with suppress(Exception):  # what hangs here must not keep hardware from being freed
-            self._closing.close()
         try:
-            if self.deployment is not None:
-                release_deployment(self.control, self.ledger, self.deployment)
-                self.deployment = None
+            with suppress(Exception):  # what fails here must not keep hardware from being freed
+                self._closing.close()
         finally:
             try:
-                if self.reference_trainer is not None:
-                    release_trainer(self.control, self.ledger, self.reference_trainer, delete=delete)
-                    self.reference_trainer = None
+                self._release_deployment()
             finally:
                 super()._release(delete=delete)
+
+    def _release_deployment(self) -> None:
+        """Of the run's own ones all, also one that was not ready yet when the run ended."""
+        if self.has_control:
+            release_deployments(self.control, self.ledger)
 
     def _summary_fields(self, progress: Progress) -> dict[str, Any]:
         return {

@@ -25,7 +25,7 @@ from cookbook.config import Environment, RecipeConfig, environment
 from cookbook.errors import TrainerLost
 from cookbook.files import read_jsonl
 from cookbook.ledger import ResourceLedger
-from cookbook.provisioning import ControlPlane, PromotedModel, TrainerHandle, connect, release_trainer
+from cookbook.provisioning import ControlPlane, PromotedModel, TrainerHandle, connect, release_trainers
 from cookbook.run import Progress, RunDirectory
 from cookbook.summary import RunSummary
 from cookbook.tracking import LOSS, Tracker, open_tracker
@@ -175,12 +175,17 @@ class Run:
         with suppress(Exception):
             self.tracker.finish(error)
 
+    @property
+    def has_control(self) -> bool:
+        """Whether the run has talked to its backend in this start."""
+        return self._control is not None
+
     def _release(self, *, delete: bool) -> None:
+        """All trainers that the run ever asked for, also one that was not ready yet when the run ended."""
         if self._client is not None:
             self._client.close()
-        if self.trainer is not None:
-            release_trainer(self.control, self.ledger, self.trainer, delete=delete)
-            self.trainer = None
+        if self.has_control:
+            release_trainers(self.control, self.ledger, delete=delete)
 
     def _summary(self, progress: Progress) -> RunSummary:
         evaluations = self.evaluations()

@@ -19,12 +19,13 @@ CHECKED_ROWS = 4
 """Rows of which the self-test samples two completions each."""
 
 
-@recorded(deadline=lambda config: 24 * 3600.0, retried=True)
+@recorded(deadline=lambda config: 24 * 3600.0, retried=False)
 def sample(run: RLRun, progress: Progress) -> CollectedStep:
     """The prompt groups of the next step, on disk before they are trained; at the end of the data fewer, or none.
 
     A step that was recorded before the run died is not sampled again. Rows end only when they are trained or rejected:
-    whatever fails here, they stay to be sampled. Each request has its own deadline, deployment.sample_timeout.
+    whatever fails here, they stay to be sampled. Requests are retried one by one, and each has its own deadline,
+    deployment.sample_timeout.
 
     Raises:
         SamplingError: a row could not be sampled, after all retries.
@@ -37,11 +38,12 @@ def sample(run: RLRun, progress: Progress) -> CollectedStep:
     step = run.store.read_step(progress.step, ledger)
     if step is None:
         step = run.collector.collect(ledger, step=progress.step, version=run.sync.version)
-        run.store.write_step(progress.step, step)
+        with run.directory.guard():
+            run.store.write_step(progress.step, step)
     seconds = time.perf_counter() - started
-    metrics = rollout_metrics(step)
-    speed = metrics.get("rollout/tokens", 0.0) / seconds
-    run.note({**run.sampler.step_completed(), **metrics, "perf/sample_s": seconds, "perf/sampled_tokens_per_s": speed})
+    sampled = run.sampler.step_completed()
+    speed = sampled["sampling/completion_tokens"] / seconds
+    run.note({**sampled, **rollout_metrics(step), "perf/sample_wait_s": seconds, "perf/sampled_tokens_per_s": speed})
     _show(run, progress, step)
     return step
 

@@ -15,7 +15,7 @@ from cookbook import deployments
 from cookbook.config import RLConfig
 from cookbook.control_plane import ControlPlane
 from cookbook.deadlines import Deadline
-from cookbook.deployments import attach_trainer, deployment_id_of, provision_deployment, release_deployment
+from cookbook.deployments import attach_trainer, deployment_id_of, provision_deployment, release_deployments
 from cookbook.errors import ConfigError, LeaseLost, ProvisioningError
 from cookbook.ledger import ResourceLedger
 from cookbook.provisioning import TrainerHandle, provision_trainer
@@ -103,9 +103,9 @@ def test_it_is_made_beside_its_trainer_and_found_again_whatever_happened_to_it(c
     (run.path / ".lock").unlink()
     with RunDirectory.open(run.path, recipe="rl", config={}, home=run.path.parent / "home") as successor:
         with pytest.raises(LeaseLost):  # a superseded owner does not touch what the new one uses
-            release_deployment(control, ledger, second)
+            release_deployments(control, ledger)
         assert control.deployment(second.deployment_id)["state"] == "READY"
-        release_deployment(control, ResourceLedger(successor), second)
+        release_deployments(control, ResourceLedger(successor))
     assert control.deployment(second.deployment_id) is None
     assert [record.state for record in ledger.all() if record.kind == "deployment"] == ["freed"] * 2
 
@@ -133,7 +133,7 @@ def test_an_adopted_deployment_is_used_and_never_deleted(control, ledger, run, t
     assert (deployment.deployment_id, deployment.adopted, deployment.generation) == ("by-hand", True, 0)
     assert control.deployment("by-hand")["hotLoadTrainerJob"] == TRAINER.job_name
     assert ledger.all() == []
-    release_deployment(control, ledger, deployment)
+    release_deployments(control, ledger)
     assert control.deployment("by-hand")["state"] == "READY"
 
     shutil.copytree(control.models_dir / "tiny", tmp_path / "other")

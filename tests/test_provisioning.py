@@ -26,7 +26,7 @@ from cookbook.provisioning import (
     connect,
     promote,
     provision_trainer,
-    release_trainer,
+    release_trainers,
     wire_model,
 )
 from cookbook.run import RunDirectory
@@ -100,7 +100,7 @@ def test_a_trainer_is_found_again_and_resumed_whatever_happened_to_it(control, l
     assert provision(control, ledger, config) == trainer
     assert worker_pid(control, trainer) != pid
 
-    release_trainer(control, ledger, trainer, delete=False)
+    release_trainers(control, ledger, delete=False)
     assert control.job(name)["state"] == "JOB_STATE_CANCELLED"
     assert provision(control, ledger, config) == trainer
     assert control.job(name)["state"] == "JOB_STATE_RUNNING"
@@ -119,9 +119,9 @@ def test_what_is_deleted_or_no_longer_asked_for_is_followed_by_the_next_generati
     (run.path / ".lock").unlink()
     with RunDirectory.open(run.path, recipe="sft", config={}, home=run.path.parent / "home") as successor:
         with pytest.raises(LeaseLost):  # a superseded owner does not touch what the new one uses
-            release_trainer(control, ledger, third, delete=True)
+            release_trainers(control, ledger, delete=True)
         assert control.job(third.job_id)["state"] == "JOB_STATE_RUNNING"
-        release_trainer(control, ResourceLedger(successor), third, delete=True)
+        release_trainers(control, ResourceLedger(successor), delete=True)
     assert control.job(third.job_id)["state"] == "JOB_STATE_DELETED"
     assert [record.state for record in ledger.all()] == ["freed"] * 3
 
@@ -166,7 +166,7 @@ def test_an_adopted_trainer_is_used_and_never_stopped_or_deleted(control, ledger
     assert (trainer.job_id, trainer.adopted, trainer.generation, trainer.lora_rank) == (job, True, 0, 4)
     assert (trainer.base_url, trainer.max_context_length) == (control.trainer_url(job), 512)
     for delete in (False, True):
-        release_trainer(control, ledger, trainer, delete=delete)
+        release_trainers(control, ledger, delete=delete)
     assert control.job(job)["state"] == "JOB_STATE_RUNNING"
 
     with pytest.raises(ConfigError, match=r"policy_job_id: trainer 'adopted' has LoRA rank 4, lora_rank is 8"):
@@ -203,7 +203,7 @@ def test_a_snapshot_becomes_a_model_once(control, ledger, run, lora_rank, kind):
         paths = [
             save_checkpoint(client, f"step-{n}", run.path, {"step": n, "data_consumed": n}, "sampler") for n in (1, 2)
         ]
-    release_trainer(control, ledger, trainer, delete=True)
+    release_trainers(control, ledger, delete=True)
 
     def promoted(snapshot, model_id=f"tuned-{lora_rank}"):
         return promote(

@@ -19,6 +19,7 @@ from cookbook.run import (
     Progress,
     RunDirectory,
     list_runs,
+    numbers_fingerprint,
 )
 from cookbook.summary import RunSummary
 
@@ -289,3 +290,11 @@ def test_a_resource_row_that_lacks_a_field_is_named(tmp_path):
     append_jsonl(tmp_path / "run" / "resources.jsonl", {"resource_id": "x"})
     with pytest.raises(CheckpointError, match=r"resources\.jsonl, row 1 lacks \['kind', 'role'"):
         read_resources(tmp_path / "run")
+
+
+def test_the_fingerprint_of_the_numbers_follows_pinned_fields_and_data_only():
+    config = {"learning_rate": 1.0, "wandb": {"project": None}, "deployment": {"tokenizer_model": None, "region": "a"}}
+    same = {**config, "wandb": {"project": "p"}, "deployment": {"tokenizer_model": None, "region": "b"}}
+    assert numbers_fingerprint(config, "d") == numbers_fingerprint(same, "d") != numbers_fingerprint(config, "e")
+    for other in ({"learning_rate": 2.0}, {"deployment": {"tokenizer_model": "t", "region": "a"}}):
+        assert numbers_fingerprint(config | other, "d") != numbers_fingerprint(config, "d")

@@ -174,7 +174,8 @@ class RLData:
     @property
     def fingerprint(self) -> str:
         """Text that is the same for two data sets exactly when each ordinal of an epoch can only be the same row."""
-        return self.train.fingerprint
+        text = f"{self.train.fingerprint}/{self.train.renderer.fingerprint}"
+        return hashlib.sha256(text.encode()).hexdigest()
 
     def row(self, ordinal: int) -> RLRow:
         """The row with this ordinal: epoch x `num_rows` + place in the epoch's permutation.

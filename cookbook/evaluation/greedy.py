@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
 import statistics
 from collections.abc import Sequence
@@ -12,7 +11,7 @@ from typing import Any
 from cookbook.config import RLConfig
 from cookbook.rewards import LoadedReward, score
 from cookbook.rollouts.sampler import Policy
-from cookbook.rollouts.turns import PromptRow
+from cookbook.rollouts.turns import PromptRow, all_of
 
 __all__ = ["Answer", "GreedyEvaluation", "evaluate_greedy"]
 
@@ -79,12 +78,7 @@ def evaluate_greedy(
         answer = Answer(row.index, prompt, sampled.text, scored.value, len(sampled.tokens), sampled.finish_reason)
         return answer, dict(scored.parts)
 
-    async def all_of_them() -> list[tuple[Answer, dict[str, float]]]:
-        async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(one(row)) for row in rows]
-        return [task.result() for task in tasks]
-
-    results = policy.run(all_of_them(), config.evaluation.timeout_s)
+    results = policy.run(all_of(one(row) for row in rows), config.evaluation.timeout_s)
     answers = tuple(answer for answer, _ in results)
     names = sorted({name for _, parts in results for name in parts})
     return GreedyEvaluation(

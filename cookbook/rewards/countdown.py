@@ -48,7 +48,7 @@ def countdown(text: str, row: Mapping[str, Any]) -> Reward:
     uses_each = used == Counter(numbers)
     try:
         is_right = uses_each and _value(tree) == target
-    except ZeroDivisionError:
+    except (ZeroDivisionError, RecursionError):
         is_right = False
     return Reward(float(is_right), {"format": 1.0, "numbers": float(uses_each)})
 

@@ -25,6 +25,7 @@ from cookbook.errors import RewardError
 __all__ = ["Late", "call_isolated"]
 
 START_LIMIT_S = 120.0
+_IMPORT_S = 5.0  # what a task imports, on top of the limit of the first text
 _CODE = "import sys; sys.path[:] = {path!r}; from cookbook.rewards.worker import main; main()"
 
 
@@ -55,6 +56,9 @@ class _Worker:
         self._process: subprocess.Popen[bytes] | None = None
 
     def ask(self, request: dict[str, Any], limit_s: float) -> dict[str, Any]:
+        if self._process is None:  # what the task imports counts against the first text
+            limit_s += _IMPORT_S
+            request = request | {"limit_s": limit_s}
         process = self._process or self._start()
         try:
             assert process.stdin is not None

@@ -32,6 +32,8 @@ __all__ = ["CollectedStep", "PromptRows", "RolloutCollector"]
 
 logger = logging.getLogger(__name__)
 
+_CLOSE_S = 10.0
+
 
 class PromptRows(Protocol):
     """The training rows of a run, in the order they are taken. RLData is one."""
@@ -168,9 +170,9 @@ class RolloutCollector:
         self._policy.run(self._drop())
 
     def close(self) -> None:
-        """The same, at the end."""
+        """The same, at the end. Gives up on what does not end within seconds."""
         if self._window is not None:
-            self.drop()
+            self._policy.run(self._drop(), _CLOSE_S)
 
     # -- on the sampler's loop -----------------------------------------------------------------------------------------
 

@@ -322,6 +322,7 @@ class RolloutSampler:
         records = self._sdk.drain_metrics()
         queued = [m.prefill_queue_duration for m in records if m.prefill_queue_duration is not None]
         metrics = {f"sampling/{name}": value for name, value in summary.items()}
+        metrics["sampling/completion_tokens"] = float(sum(m.completion_tokens or 0 for m in records))
         metrics["sampling/requests"] = float(sum(m.error is None for m in records))
         metrics["sampling/failed_attempts"] = float(sum(m.error is not None for m in records))
         if queued:

@@ -37,9 +37,14 @@ class RolloutStore:
     True
     """
 
-    def __init__(self, path: Path) -> None:
-        """The folder is made with the first step."""
+    def __init__(self, path: Path, fingerprint: str = "") -> None:
+        """The folder is made with the first step.
+
+        Args:
+            fingerprint: of whatever changes a run's numbers. A step that was recorded under another one is none.
+        """
         self.path = path
+        self.fingerprint = fingerprint
 
     def write_step(self, step: int, collected: CollectedStep) -> Path:
         """Record what the step after `step` done ones is trained on; returns its file. To be called before training.
@@ -57,7 +62,7 @@ class RolloutStore:
             self.path.mkdir(parents=True, exist_ok=True)
             descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=self.path)
             with open(descriptor, "w", encoding="utf-8") as file:
-                for record in _records(step, collected):
+                for record in _records(step, collected, self.fingerprint):
                     file.write(json.dumps(record, allow_nan=False) + "\n")
                 file.flush()
                 os.fsync(file.fileno())
@@ -98,6 +103,9 @@ class RolloutStore:
                 f"{path} is damaged: {type(error).__name__}: {error}. Restore it, or remove it: then the step is "
                 "sampled anew."
             ) from error
+        if json.loads(lines[0]).get("fingerprint", "") != self.fingerprint:
+            logger.warning("%s was sampled with another config or other data; the step is sampled anew", path)
+            return None
         if before is not None and not collected.follows(before):
             logger.warning("%s does not follow upon the rows of step %d; the step is sampled anew", path, step)
             return None
@@ -127,9 +135,9 @@ class RolloutStore:
                 raise CheckpointError(f"{self._file(step)} cannot be removed: {error.strerror or error}.") from error
 
 
-def _records(step: int, collected: CollectedStep) -> Iterator[dict[str, Any]]:
-    ledger = collected.ledger.to_dict()
-    yield {"kind": "head", "format": _FORMAT, "step": step, "version": collected.version, "ledger": ledger}
+def _records(step: int, collected: CollectedStep, fingerprint: str) -> Iterator[dict[str, Any]]:
+    head = {"kind": "head", "format": _FORMAT, "step": step, "version": collected.version, "fingerprint": fingerprint}
+    yield head | {"ledger": collected.ledger.to_dict()}
     for group in collected.groups:
         yield {"kind": "group", **_group_to_dict(group)}
     for row in collected.rejected:

@@ -94,3 +94,9 @@ def test_every_line_is_json_that_others_can_read(tmp_path):
     path = RolloutStore(tmp_path).write_step(4, collected(0, 2))
     kinds = [json.loads(line)["kind"] for line in path.read_text().splitlines()]
     assert kinds == ["head", "group", "group", "rejected", "end"]
+
+
+def test_a_step_that_was_sampled_under_another_config_is_sampled_anew(tmp_path):
+    RolloutStore(tmp_path, "a").write_step(4, collected())
+    assert RolloutStore(tmp_path, "b").read_step(4) is None
+    assert RolloutStore(tmp_path, "a").read_step(4) is not None

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import sqlite3
 import subprocess
 import time
 from collections import defaultdict
@@ -149,8 +150,17 @@ class Lifecycle:
             watch.cancel()
 
     async def _watch(self, job_id: str) -> None:
-        """Follow one worker from its start to its end."""
+        """Follow one worker from its start to its end, also over a disk that is full or a table of files that is."""
         give_up = time.monotonic() + _START_TIMEOUT_S
+        while True:
+            try:
+                await self._follow(job_id, give_up)
+                return
+            except (OSError, sqlite3.Error) as error:
+                logger.error("%s %s: cannot be watched: %s; trying again", self._kind, job_id, error)
+                await asyncio.sleep(_RUNNING_POLL_S)
+
+    async def _follow(self, job_id: str, give_up: float) -> None:
         while (job := self.look(job_id)) is not None and job.is_live:
             if job.state == JobState.RUNNING:
                 await asyncio.sleep(_RUNNING_POLL_S)

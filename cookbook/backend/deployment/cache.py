@@ -178,8 +178,9 @@ class DecodeRows:
     def copy(self, row: int, tokens: tuple[int, ...]) -> Prompt:
         """What a row holds, which are these tokens."""
         used = self._used[row]
-        keys = self.keys_LRGDT[:, row, :, :, :used].contiguous()
-        return Prompt(tokens, keys, self.values_LRGTD[:, row, :, :used].contiguous(), filled=used)
+        keys = self.keys_LRGDT[:, row, :, :, :used].clone(memory_format=torch.contiguous_format)
+        values = self.values_LRGTD[:, row, :, :used].clone(memory_format=torch.contiguous_format)
+        return Prompt(tokens, keys, values, filled=used)
 
     def clear(self) -> None:
         """Drop all rows."""
@@ -200,8 +201,9 @@ class DecodeRows:
         rows = old_rows if num_rows <= old_rows else min(self._max_rows, 2 * old_rows)
         if self._size(rows, num_positions) > self._max_bytes:
             rows = num_rows
-        self.keys_LRGDT = self.shape.keys(rows, self._positions(num_positions))
-        self.values_LRGTD = self.shape.values(rows, self._positions(num_positions))
+        places = self._positions(num_positions)
+        # Both or none: with one of them the keys would lie in other places than the values.
+        self.keys_LRGDT, self.values_LRGTD = self.shape.keys(rows, places), self.shape.values(rows, places)
         kept_rows, kept = self.num_rows, max(self._used, default=0)
         self.keys_LRGDT[:, :kept_rows, :, :, :kept] = old_keys[:, :kept_rows, :, :, :kept]
         self.values_LRGTD[:, :kept_rows, :, :kept] = old_values[:, :kept_rows, :, :kept]

@@ -197,7 +197,11 @@ class Engine:
         started.set_result(None)
         with torch.inference_mode():
             while self._wait_for_work():
-                self._turn()
+                try:
+                    self._turn()
+                except BaseException as error:  # the thread must go on; whoever waits learns of it
+                    _log.exception("sampling failed")
+                    self._fail_running(error)
         self._fail_all(EngineClosed("the sampler has shut down"))
 
     def _wait_for_work(self) -> bool:
@@ -214,16 +218,13 @@ class Engine:
         if self._drop_prefixes:
             self._drop_prefixes = False
             self._prefixes.clear()
-        if self._load is None:
+        load = self._load  # may be given up at any moment
+        if load is None:
             self._admit()
         elif not self._num_running():
-            self._swap(self._load)
-        try:
-            self._prefill()
-            self._decode()
-        except BaseException as error:  # the thread must go on; whoever waits learns of it
-            _log.exception("sampling failed")
-            self._fail_running(error)
+            self._swap(load)
+        self._prefill()
+        self._decode()
 
     def _drop_cancelled(self) -> None:
         for row in reversed([n for n, sequence in enumerate(self._rows) if sequence.ticket.cancelled()]):
@@ -333,11 +334,11 @@ class Engine:
             sequence, prompt = self._ready[0]
             if not self._cache.fits(sequence.num_positions):
                 break
-            self._ready.popleft()
             sequence.decoding = time.monotonic()
             if sequence.request.prompt_logprobs:
                 sequence.prompt_logprobs = list(prompt.logprobs or [])
             self._cache.append(prompt, sequence.num_positions)
+            self._ready.popleft()
             self._rows.append(sequence)
             assert prompt.last_hidden_H is not None
             hidden.append(prompt.last_hidden_H)
@@ -445,7 +446,7 @@ class Engine:
         sequences = [*self._rows, *(sequence for sequence, _ in self._ready)]
         sequences += [sequence for prefill in self._prefills for sequence in prefill.waiters]
         self._rows, self._ready, self._prefills = [], deque(), deque()
-        self._cache.clear()
+        self._cache = DecodeRows(self._model.cache_shape, self._max_batch, _CACHE_BYTES)  # a NaN in it would go on
         self._prefixes.clear()
         _fail(sequences, error)
 

@@ -91,7 +91,10 @@ class Generation:
             prompt_logprobs=call.logprobs and call.echo != 0,
             is_complete=StopWatch(self._text.decode, call.stop) if call.stop else None,
         )
-        ticket = self._engine.submit(request, on_token=self._token_sender(index) if growing else None)
+        try:
+            ticket = self._engine.submit(request, on_token=self._token_sender(index) if growing else None)
+        except ValueError as error:  # a token that the model does not know, for one
+            raise BadRequest(str(error)) from error
         self._tickets.append(ticket)
         ticket.add_done_callback(lambda _: self._tell(index, None, ""))
 

@@ -17,6 +17,7 @@ from cookbook.backend.branches import Tree
 __all__ = ["PrefixGroup", "prefix_groups", "shared_batches"]
 
 _MIN_SAVED = 0.25  # of a group's tokens: below, rows side by side in one matrix are as fast
+_MAX_SPREAD = 8
 
 
 @dataclass(frozen=True)
@@ -73,19 +74,22 @@ def prefix_groups(sequences: Sequence[Tensor]) -> list[PrefixGroup]:
 def shared_batches(groups: Sequence[PrefixGroup], lengths: Sequence[int], budget: int) -> list[list[PrefixGroup]]:
     """The groups in micro-batches of at most `budget` tokens, or of twice the longest sequence where that is more.
 
-    A group that does not fit is cut, and its prefix passes once for each part.
+    A group that does not fit is cut, and its prefix passes once for each part. So is one whose rows, each padded to the
+    longest of them and with the prefix in it, have more than `_MAX_SPREAD` x budget places: attention keeps the keys
+    and values of them all.
     """
     budget = max([budget, *(2 * lengths[row] for group in groups for row in group.rows)])
     batches: list[list[PrefixGroup]] = []
-    room = 0
+    room = room_spread = 0
     for group in sorted(groups, key=lambda group: -_size(group, lengths)):
         for part in _cut(group, lengths, budget):
-            size = _size(part, lengths)
-            if size > room:
+            size, spread = _size(part, lengths), _spread(part, lengths)
+            if size > room or spread > room_spread:
                 batches.append([])
-                room = budget
+                room, room_spread = budget, _MAX_SPREAD * budget
             batches[-1].append(part)
             room -= size
+            room_spread -= spread
     return batches
 
 
@@ -96,9 +100,18 @@ def _cut(group: PrefixGroup, lengths: Sequence[int], budget: int) -> list[Prefix
     while True:
         size = -(-len(rows) // num_parts)
         parts = [PrefixGroup(group.prefix, tuple(rows[at : at + size])) for at in range(0, len(rows), size)]
-        if size == 1 or all(_size(part, lengths) <= budget for part in parts):
+        if size == 1 or all(_fits(part, lengths, budget) for part in parts):
             return parts
         num_parts += 1
+
+
+def _fits(group: PrefixGroup, lengths: Sequence[int], budget: int) -> bool:
+    return _size(group, lengths) <= budget and _spread(group, lengths) <= _MAX_SPREAD * budget
+
+
+def _spread(group: PrefixGroup, lengths: Sequence[int]) -> int:
+    """Places of keys and values that attention keeps for a group."""
+    return len(group.rows) * max(lengths[row] for row in group.rows)
 
 
 def _size(group: PrefixGroup, lengths: Sequence[int]) -> int:
