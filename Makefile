@@ -38,13 +38,13 @@ run-sft: $(INSTALLED) ## The same with supervised fine-tuning
 	$(VENV)/bin/cookbook run sft --config presets/sft-quickstart.yaml --log-path $(RUN)
 
 test: $(INSTALLED) ## Run all tests
-	$(IN_VENV) -m pytest --durations=15
+	$(IN_VENV) -m pytest -n 2 --dist loadfile --durations=15
 
 check: $(INSTALLED) ## Check format, lint and types, and run the fast tests
 	$(IN_VENV) -m ruff format --check .
 	$(IN_VENV) -m ruff check .
 	$(IN_VENV) -m mypy
-	$(IN_VENV) -m pytest $(SLOW_TESTS:%=--ignore=%)
+	$(IN_VENV) -m pytest -n 2 --dist loadfile $(SLOW_TESTS:%=--ignore=%)
 
 format: $(INSTALLED) ## Format, and mend what the linter can mend
 	$(IN_VENV) -m ruff format .
