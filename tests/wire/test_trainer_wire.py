@@ -385,7 +385,7 @@ def test_lack_of_memory_fails_the_request_and_keeps_what_was_gathered(tmp_path: 
         assert "metrics" in gradient(1, CROSS_ENTROPY["data"])
         used = int(Path(f"/proc/{running.process.pid}/statm").read_text().split()[0]) * resource.getpagesize()
         resource.prlimit(running.process.pid, resource.RLIMIT_AS, (used + 2_000_000, resource.RLIM_INFINITY))
-        failed = gradient(2, [datum("z" * 250)] * 16)
+        failed = gradient(2, [datum(letter * 250) for letter in "abcdefghijklmnop"])  # no prefix to share
         resource.prlimit(running.process.pid, resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
         assert (failed["category"], "out of memory" in failed["error"]) == ("server", True), failed
         step = {"model_id": model, "seq_id": 3, "adam_params": ADAM}
