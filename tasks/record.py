@@ -211,7 +211,7 @@ class Records:
             self.calls[name] += 1
             self.recorded[name] += 1
             options = each.policy(self._config).prefect_options(given_up.is_set) | {"timeout_seconds": None}
-            futures.append(each.task.with_options(**options).submit(run))
+            futures.append(each.task.with_options(task_run_name=name, **options).submit(run))
         try:
             for future in as_completed(futures):
                 future.result()

@@ -135,7 +135,7 @@ class RLRun(Run):
         if time.monotonic() - self._table_at < MIN_TABLE_INTERVAL_S:
             return
         self._table_at = time.monotonic()
-        shown = ("step", "row", "prompt", "completion", "reward", "advantage", "tokens", "finish", "version")
+        shown = ("step", "row", "question", "completion", "reward", "advantage", "tokens", "finish", "version")
         table = [{name: row[name] for name in shown} for row in rows[:TABLE_ROWS]]
         try:
             create_table_artifact(table, key=f"rollouts-{self.directory.run_id}", description="Completions of one step")

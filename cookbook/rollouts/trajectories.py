@@ -30,6 +30,7 @@ def trajectory_rows(
                 "row": group.row,
                 "index": group.index,
                 "completion_number": number,
+                "question": _question(group),
                 "prompt": prompt,
                 "completion": completion.text,
                 "reward": completion.reward,
@@ -40,6 +41,12 @@ def trajectory_rows(
                 "finish": completion.finish_reason,
                 "version": completion.version,
             }
+
+
+def _question(group: PromptGroup) -> str:
+    """The last message of the row, without the marks of the chat template."""
+    messages = group.fields.get("messages")
+    return str(messages[-1].get("content", "")) if messages else ""
 
 
 def write_trajectories(
