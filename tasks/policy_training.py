@@ -51,6 +51,9 @@ def train_policy(run: RLRun, step: CollectedStep, reference: ReferenceLogprobs |
         total_steps=run.steps_at_most(progress.step + bool(step.groups), step.ledger),
     )
     if not step.groups:
+        if progress.step == 0:
+            reasons = ", ".join(sorted({row.reason for row in step.rejected})[:3])
+            run.say(f"nothing was trained: all {booked.rejected_rows:,} rows were rejected ({reasons}).")
         return booked
     config = run.config
     result = policy_step(
