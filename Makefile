@@ -9,7 +9,7 @@ PEERS := $(PEER_VENV)/.installed
 SLOW_TESTS := tests/wire tests/flows tests/faults
 
 .DEFAULT_GOAL := help
-.PHONY: help install run run-sft test check format docs bench clean
+.PHONY: help install run run-sft run-dpo run-orpo test check format docs bench clean
 
 help: ## List the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -37,6 +37,18 @@ run-sft: $(INSTALLED) ## The same with supervised fine-tuning
 	$(VENV)/bin/cookbook data example runs/data
 	$(VENV)/bin/cookbook run sft --config presets/sft-quickstart.yaml --log-path $(RUN)
 
+run-dpo: RUN ?= runs/dpo-quickstart
+run-dpo: $(INSTALLED) ## The same with direct preference optimization
+	$(VENV)/bin/cookbook models pull smollm2-135m-instruct
+	$(VENV)/bin/cookbook data example runs/data
+	$(VENV)/bin/cookbook run dpo --config presets/dpo-quickstart.yaml --log-path $(RUN)
+
+run-orpo: RUN ?= runs/orpo-quickstart
+run-orpo: $(INSTALLED) ## The same with odds-ratio preference optimization
+	$(VENV)/bin/cookbook models pull smollm2-135m-instruct
+	$(VENV)/bin/cookbook data example runs/data
+	$(VENV)/bin/cookbook run orpo --config presets/orpo-quickstart.yaml --log-path $(RUN)
+
 test: $(INSTALLED) ## Run all tests
 	$(IN_VENV) -m pytest -n 2 --dist loadfile --durations=15
 
@@ -55,7 +67,7 @@ docs: $(INSTALLED) ## Make docs/config.md from the config classes
 
 bench: $(INSTALLED) $(PEERS) ## Measure this project against its peers, in turn on the same rows
 	$(VENV)/bin/cookbook models pull smollm2-135m-instruct
-	for part in sft sample grpo; do \
+	for part in sft sample grpo dpo; do \
 		$(IN_VENV) -m benchmarks.$$part --peer-python $(PEER_VENV)/bin/python || exit 1; done
 
 # The peers have an environment of their own: their dependencies are not ours.

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cookbook.errors import CheckpointError, RequestRejected
-from cookbook.files import append_jsonl, cut_torn_line, read_jsonl
+from cookbook.files import append_jsonl, cut_torn_line, read_jsonl, replace_jsonl
 from cookbook.run import CHECKPOINTS_FILE
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ __all__ = [
     "CheckpointKind",
     "CheckpointRow",
     "ResumeInfo",
+    "drop_checkpoints",
     "last_commit",
     "last_promotable",
     "next_checkpoint_name",
@@ -193,6 +194,21 @@ def read_checkpoints(log_path: str | Path) -> list[CheckpointRow]:
     """
     path = Path(log_path) / CHECKPOINTS_FILE
     return [_parse(path, number, row) for number, row in enumerate(read_jsonl(path), start=1)]
+
+
+def drop_checkpoints(log_path: str | Path, names: Collection[str]) -> None:
+    """Take rows out of checkpoints.jsonl, all at once; the other rows stay as they were written.
+
+    Call it under the guard of the run. Their data is deleted after that (cookbook/retention.py), never before.
+
+    Raises:
+        CheckpointError: the file is damaged or cannot be written; all rows are kept.
+    """
+    path = Path(log_path) / CHECKPOINTS_FILE
+    rows = read_jsonl(path)
+    kept = [row for row in rows if row.get("name") not in names]
+    if len(kept) < len(rows):
+        replace_jsonl(path, kept)
 
 
 def last_commit(log_path: str | Path) -> CheckpointRow | None:

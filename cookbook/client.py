@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from fireworks.training.sdk.types import ForwardBackwardOutput, OptimStepResponse
     from torch import Tensor
 
-__all__ = ["CustomLoss", "LossConfig", "ReconnectableClient", "StepResult"]
+__all__ = ["CustomLoss", "LossConfig", "PendingForward", "ReconnectableClient", "StepResult"]
 
 T = TypeVar("T")
 
@@ -39,6 +39,22 @@ _REMEDY = "Call reconnect(), then cookbook.checkpoints.resolve_resume() to resto
 
 class _LossRaised(Exception):
     """The caller's own loss function raised."""
+
+
+class PendingForward:
+    """A forward pass on its way."""
+
+    def __init__(self, wait: Callable[[float | None], ForwardBackwardOutput]) -> None:
+        self._wait = wait
+
+    def result(self, timeout_s: float | None = None) -> ForwardBackwardOutput:
+        """Wait for the answer; None = the client's default deadline, from now.
+
+        Raises:
+            RequestRejected: the trainer refused the data or the loss.
+            TrainerLost: see `ReconnectableClient`; also when the client has reconnected since.
+        """
+        return self._wait(timeout_s)
 
 
 class ReconnectableClient:
@@ -196,6 +212,33 @@ class ReconnectableClient:
         return self._submit(
             "forward", lambda model: model.forward(list(data), loss_fn, _config(loss_fn_config)), timeout_s
         )
+
+    def submit_forward(
+        self, data: Sequence[Datum], loss_fn: str, loss_fn_config: LossConfig | None = None
+    ) -> PendingForward:
+        """As `forward`, without waiting for the answer: several may be in flight, answered in the order of submission.
+
+        Raises:
+            RequestRejected: the SDK refused to send it; what the trainer refuses shows when the answer is waited for.
+            TrainerLost: see the class.
+        """
+        self._check_data("forward", data)
+        answer = self._run(
+            "forward",
+            lambda model: self._sent("forward", lambda: model.forward(list(data), loss_fn, _config(loss_fn_config))),
+            None,
+        )
+        session = self._session
+
+        def wait(timeout_s: float | None) -> ForwardBackwardOutput:
+            if self._session is not session or self._lost is not None:
+                reason = self._lost or "reconnected"
+                raise TrainerLost(
+                    f"forward on trainer {self.job_id} went out in a session that was given up: {reason}."
+                )
+            return self._wait("forward", answer.result, timeout_s or self._default_timeout_s)
+
+        return PendingForward(wait)
 
     def forward_backward(
         self,

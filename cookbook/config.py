@@ -16,25 +16,34 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Self
 from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from cookbook.errors import ConfigError, Problem
 
 __all__ = [
     "ADVANTAGES",
+    "BACKENDS",
+    "OUTPUT_MODEL_ID",
     "POLICY_LOSSES",
     "RECIPE_CONFIGS",
     "TRAIN_ON_WHAT",
     "AdamConfig",
     "CISPOConfig",
     "ConcurrencyConfig",
+    "Config",
     "DAPOConfig",
+    "DPOConfig",
+    "DPOWeightSyncConfig",
     "DROConfig",
     "DeployConfig",
+    "DeployedConfig",
     "Environment",
     "EvalConfig",
     "GSPOConfig",
     "InfraConfig",
+    "ORPOConfig",
+    "PreferenceConfig",
+    "PreferenceEvalConfig",
     "RLConfig",
     "RLEvalConfig",
     "RecipeConfig",
@@ -91,7 +100,7 @@ class InfraConfig(Config):
     )
     ref_training_shape_id: str | None = Field(
         None,
-        description="Full training-shape id of the reference trainer, where a recipe launches one. None = none is launched.",
+        description="Full training-shape id of the reference trainer, where a recipe launches one. None = RL launches none, DPO takes training_shape_id.",
     )
     region: str | None = Field(None, description="Region. None = the training shape decides.")
     accelerator_type: str | None = Field(
@@ -438,6 +447,23 @@ class ScheduledConfig(RecipeConfig):
         0.0, ge=0, le=1, description="Share of learning_rate at which linear and cosine schedules end."
     )
 
+    def learning_rate_at(self, step: int, total_steps: int) -> float:
+        """Learning rate of optimizer step `step` (0-based) out of `total_steps`.
+
+        Warm-up rises linearly over the first round(warmup_ratio * total_steps) steps, so that step 0 already moves; the
+        schedule then runs towards min_lr_ratio * learning_rate, which it would reach after the last step: no step is idle.
+        """
+        warmup = round(self.warmup_ratio * total_steps)
+        if step < warmup:
+            return self.learning_rate * (step + 1) / (warmup + 1)
+        done = (step - warmup) / max(1, total_steps - warmup)
+        remaining = {"constant": 1.0, "linear": 1.0 - done, "cosine": 0.5 * (1.0 + math.cos(math.pi * done))}[
+            self.lr_schedule
+        ]
+        return self.learning_rate * (
+            self.min_lr_ratio + (1.0 - self.min_lr_ratio) * remaining if self.lr_schedule != "constant" else 1.0
+        )
+
 
 class SFTConfig(ScheduledConfig):
     """Supervised fine-tuning on chat rows: `{"messages": [{"role", "content"}, ...]}`."""
@@ -455,23 +481,6 @@ class SFTConfig(ScheduledConfig):
         None, description="How messages become tokens. None = the tokenizer's own chat template."
     )
     evaluation: EvalConfig = Field(default_factory=EvalConfig, description="Held-out evaluation.")
-
-    def learning_rate_at(self, step: int, total_steps: int) -> float:
-        """Learning rate of optimizer step `step` (0-based) out of `total_steps`.
-
-        Warm-up rises linearly over the first round(warmup_ratio * total_steps) steps, so that step 0 already moves; the
-        schedule then runs towards min_lr_ratio * learning_rate, which it would reach after the last step: no step is idle.
-        """
-        warmup = round(self.warmup_ratio * total_steps)
-        if step < warmup:
-            return self.learning_rate * (step + 1) / (warmup + 1)
-        done = (step - warmup) / max(1, total_steps - warmup)
-        remaining = {"constant": 1.0, "linear": 1.0 - done, "cosine": 0.5 * (1.0 + math.cos(math.pi * done))}[
-            self.lr_schedule
-        ]
-        return self.learning_rate * (
-            self.min_lr_ratio + (1.0 - self.min_lr_ratio) * remaining if self.lr_schedule != "constant" else 1.0
-        )
 
 
 POLICY_LOSSES = ("grpo", "importance_sampling", "dapo", "dro", "gspo", "reinforce", "cispo")
@@ -684,18 +693,125 @@ class RLConfig(RecipeConfig):
             url, job = getattr(self, f"{role}_base_url"), getattr(self, f"{role}_job_id")
             if url is not None and job is None:
                 add(f"{role}_base_url", f"is set, but {role}_job_id is None.", f"Set {role}_job_id too.")
-        if self.backend == "fireworks":
-            if self.deployment.tokenizer_model is None and self.tokenizer_model is None:
-                what = "is None: rows are tokenized on this machine, and base_model is a resource of the backend."
-                add("deployment.tokenizer_model", what, "Set it to a Hugging Face model name or folder.")
-            shape, accelerator = self.deployment.deployment_shape, self.deployment.deployment_accelerator_type
-            if not any((shape, accelerator, self.deployment.deployment_id, self.infra.training_shape_id)):
-                what = "neither deployment_shape nor deployment_accelerator_type is set, with backend 'fireworks'."
-                add("deployment", what, "Set deployment.deployment_shape.")
+        has_tokenizer = self.deployment.tokenizer_model is not None or self.tokenizer_model is not None
+        if self.backend == "fireworks" and not has_tokenizer:
+            what = "is None: rows are tokenized on this machine, and base_model is a resource of the backend."
+            add("deployment.tokenizer_model", what, "Set it to a Hugging Face model name or folder.")
+        return problems + _deployment_problems(self)
+
+
+class PreferenceEvalConfig(Config):
+    """Held-out evaluation: loss, and how often the chosen answer is preferred, before and after training and every `interval` steps."""
+
+    dataset: str | None = Field(None, description="JSONL file with held-out pairs. None = no evaluation.")
+    interval: int = Field(
+        0, ge=0, description="Also evaluate every N optimizer steps. 0 = only before and after training."
+    )
+    max_pairs: int | None = Field(None, ge=1, description="Use only the first N pairs. None = all.")
+    timeout_s: int = Field(1800, gt=0, description="Seconds for one evaluation.")
+
+
+class PreferenceConfig(ScheduledConfig):
+    """What the recipes on pairs of answers share: rows with a chosen and a rejected answer to one prompt."""
+
+    batch_size: int = Field(4, ge=1, le=65536, description="Pairs in one optimizer step.")
+    max_pairs: int | None = Field(None, ge=1, description="Use only the first N pairs. None = all.")
+    renderer_name: str | None = Field(
+        None, description="How messages become tokens. None = the tokenizer's own chat template."
+    )
+    evaluation: PreferenceEvalConfig = Field(default_factory=PreferenceEvalConfig, description="Held-out evaluation.")
+
+
+class DPOWeightSyncConfig(WeightSyncConfig):
+    """Intervals and deadlines of weight syncs and of distributed checkpoints (DCP). DPO syncs only when asked to."""
+
+    weight_sync_interval: int = Field(
+        0,
+        ge=0,
+        description="Save and sync sampler weights to a deployment every N optimizer steps. 0 = never, and no deployment is provisioned.",
+    )
+
+
+class DPOConfig(PreferenceConfig):
+    """Direct preference optimization: `{"chosen": {"messages": [...]}, "rejected": {"messages": [...]}}`."""
+
+    recipe: ClassVar[str] = "dpo"
+
+    beta: float = Field(
+        0.1, gt=0, description="How strongly the policy is held to the reference: weight of the log ratios."
+    )
+    ref_cache_concurrency: int = Field(
+        16, ge=1, le=256, description="Requests for reference logprobs in flight, while training already runs."
+    )
+    ref_cache_batch_size: int = Field(1, ge=1, le=1024, description="Pairs in one request for reference logprobs.")
+    weight_sync: DPOWeightSyncConfig = Field(
+        default_factory=DPOWeightSyncConfig, description="Intervals of weight syncs and DCP saves."
+    )
+    deployment: DeployConfig = Field(
+        default_factory=DeployConfig,
+        description="Deployment that gets the weights, where weight_sync_interval is not 0.",
+    )
+
+    @field_validator("weight_sync", mode="before")
+    @classmethod
+    def _only_what_was_set(cls, value: Any) -> Any:
+        """A shared WeightSyncConfig keeps what was set in it; weight_sync_interval is 0 unless it was."""
+        is_shared = isinstance(value, WeightSyncConfig) and not isinstance(value, DPOWeightSyncConfig)
+        return value.model_dump(exclude_unset=True) if is_shared else value
+
+    @property
+    def needs_reference_trainer(self) -> bool:
+        """Whether the reference is a trainer of its own; with LoRA it is the base under the adapter."""
+        return self.lora_rank == 0
+
+    @property
+    def has_deployment(self) -> bool:
+        """Whether the weights are synced to a deployment."""
+        return self.weight_sync.weight_sync_interval > 0
+
+    def rule_problems(self) -> list[Problem]:
+        """As for all recipes, and: one reference, a deployment that can be had."""
+        problems = super().rule_problems()
+        if self.lora_rank > 0 and self.infra.ref_training_shape_id is not None:
+            what = (
+                f"is {self.infra.ref_training_shape_id!r}, but with lora_rank {self.lora_rank} the base under the "
+                "adapter is the reference."
+            )
+            problems.append(Problem("infra.ref_training_shape_id", what, "Remove it."))
+        if self.has_deployment:
+            problems += _deployment_problems(self)
         return problems
 
 
-RECIPE_CONFIGS: Mapping[str, type[RecipeConfig]] = {"sft": SFTConfig, "rl": RLConfig}
+class ORPOConfig(PreferenceConfig):
+    """Odds-ratio preference optimization, without a reference: the rows of DPO."""
+
+    recipe: ClassVar[str] = "orpo"
+
+    orpo_lambda: float = Field(1.0, ge=0, description="Weight of the odds-ratio term beside the chosen answer's loss.")
+
+
+DeployedConfig = RLConfig | DPOConfig
+"""Recipes with a deployment that the weights are synced to."""
+
+
+def _deployment_problems(config: RLConfig | DPOConfig) -> list[Problem]:
+    """What a deployment on fireworks needs and has not got."""
+    shape, accelerator = config.deployment.deployment_shape, config.deployment.deployment_accelerator_type
+    if config.backend != "fireworks" or any(
+        (shape, accelerator, config.deployment.deployment_id, config.infra.training_shape_id)
+    ):
+        return []
+    what = "neither deployment_shape nor deployment_accelerator_type is set, with backend 'fireworks'."
+    return [Problem("deployment", what, "Set deployment.deployment_shape.")]
+
+
+RECIPE_CONFIGS: Mapping[str, type[RecipeConfig]] = {
+    "sft": SFTConfig,
+    "rl": RLConfig,
+    "dpo": DPOConfig,
+    "orpo": ORPOConfig,
+}
 
 
 @dataclass(frozen=True)
@@ -705,6 +821,8 @@ class Environment:
     home: Path
     fireworks_base_url: str
     fireworks_api_key: str | None = field(default=None, repr=False)
+    serve_api_key: str | None = field(default=None, repr=False)
+    """What clients of `cookbook serve` must send."""
     runner_files: Mapping[str, str] = field(default_factory=dict)
     wandb_mode: str = "online"
     wandb_key_present: bool = False
@@ -712,7 +830,7 @@ class Environment:
 
 
 def environment() -> Environment:
-    """Read COOKBOOK_HOME, FIREWORKS_API_KEY, FIREWORKS_BASE_URL, the COOKBOOK_*_FILE and the WANDB_* variables, now."""
+    """Read COOKBOOK_HOME, COOKBOOK_SERVE_API_KEY, the FIREWORKS_*, the COOKBOOK_*_FILE and the WANDB_* variables, now."""
     home = os.environ.get("COOKBOOK_HOME") or "~/.cookbook"
     names = {
         "status_file": "COOKBOOK_STATUS_FILE",
@@ -724,6 +842,7 @@ def environment() -> Environment:
         home=Path(home).expanduser().resolve(),
         fireworks_base_url=os.environ.get("FIREWORKS_BASE_URL") or "https://api.fireworks.ai",
         fireworks_api_key=os.environ.get("FIREWORKS_API_KEY") or None,
+        serve_api_key=os.environ.get("COOKBOOK_SERVE_API_KEY") or None,
         runner_files={key: os.environ[name] for key, name in names.items() if os.environ.get(name)},
         wandb_mode=os.environ.get("WANDB_MODE") or "online",
         wandb_key_present=_wandb_key_present(),

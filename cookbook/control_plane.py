@@ -19,7 +19,7 @@ from cookbook.config import Environment, bypass_proxies
 from cookbook.deadlines import Deadline, call_with_deadline
 from cookbook.errors import ConfigError, Problem, ProvisioningError
 
-__all__ = ["ControlPlane", "Deployment", "Job", "connect", "problem_of"]
+__all__ = ["CALL_TIMEOUT_S", "ControlPlane", "Deployment", "Job", "connect", "problem_of"]
 
 T = TypeVar("T")
 Job: TypeAlias = dict[str, Any]
@@ -124,6 +124,26 @@ class ControlPlane:
         path = f"{self._account_path(deadline)}/rlorTrainerJobs/{job_id}"
         self._request("DELETE", path, deadline, refusals=(404,))
 
+    def list_checkpoints(self, job_id: str, timeout_s: float = CALL_TIMEOUT_S) -> list[dict[str, Any]]:
+        """The checkpoints of a trainer job as the API describes them, oldest first; the job may be gone.
+
+        [] when the backend knows neither the job nor a checkpoint of it. `sizeBytes` comes from the embedded one only.
+        """
+        return self._list(f"rlorTrainerJobs/{job_id}/checkpoints", timeout_s, refusals=(404,))
+
+    def delete_checkpoint(self, job_id: str, name: str, kind: str, timeout_s: float = CALL_TIMEOUT_S) -> None:
+        """Delete a checkpoint for ever; nothing happens when there is none. Only the embedded backend can do that.
+
+        Args:
+            kind: "state" or "sampler".
+
+        Raises:
+            ProvisioningError: the backend refuses ("HTTP 4.." in its text): one that is in use, for one; or is gone.
+        """
+        deadline = Deadline(timeout_s)
+        path = f"{self._account_path(deadline)}/rlorTrainerJobs/{job_id}/checkpoints/{name}"
+        self._request("DELETE", path, deadline, params={"kind": kind}, refusals=(404,))
+
     def trainer_url(self, job_id: str, timeout_s: float = CALL_TIMEOUT_S) -> str:
         """Where the trainer of a job answers."""
         account = self.account_id(timeout_s)
@@ -161,6 +181,14 @@ class ControlPlane:
         except httpx.HTTPError:
             return False
 
+    def completions_client(self) -> httpx.Client:
+        """A client for `completions` and `chat/completions`, both below inference/v1. An answer may take any time."""
+        return httpx.Client(**self._completions_options())
+
+    def async_completions_client(self) -> httpx.AsyncClient:
+        """As `completions_client`, for any number of requests at once."""
+        return httpx.AsyncClient(**self._completions_options(), limits=httpx.Limits(max_connections=None))
+
     def deployment_manager(self) -> DeploymentManager:
         """Another manager of the SDK. Closing it ends whatever a call that was given up still does with it."""
         return DeploymentManager(api_key=self._api_key, base_url=self.base_url)
@@ -192,14 +220,23 @@ class ControlPlane:
             problem = problem_of(error)
         raise self._error(what, problem)
 
-    def _list(self, collection: str, timeout_s: float) -> list[dict[str, Any]]:
+    def _completions_options(self) -> dict[str, Any]:
+        return {
+            "base_url": f"{self.deployments.inference_url}/inference/v1/",
+            "headers": {"Authorization": f"Bearer {self._api_key}"},
+            "timeout": httpx.Timeout(None, connect=_PROBE_TIMEOUT_S),
+            "trust_env": self.backend != "embedded",
+        }
+
+    def _list(self, collection: str, timeout_s: float, refusals: tuple[int, ...] = ()) -> list[dict[str, Any]]:
         deadline = Deadline(timeout_s)
         found: list[dict[str, Any]] = []
         token = ""
         while True:
             query = {"pageSize": "200"} | ({"pageToken": token} if token else {})
-            page = self._request("GET", f"{self._account_path(deadline)}/{collection}", deadline, params=query) or {}
-            found += page.get(collection, [])
+            path = f"{self._account_path(deadline)}/{collection}"
+            page = self._request("GET", path, deadline, params=query, refusals=refusals) or {}
+            found += page.get(collection.rpartition("/")[2], [])
             token = page.get("nextPageToken", "")
             if not token:
                 return found

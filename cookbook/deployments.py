@@ -1,8 +1,9 @@
-"""The deployment of a run: found again by the id in the run's ledger, or made; adopted where the config names one.
+"""The deployments of a run: found again by the id in the run's ledger, or made; adopted where the config names one.
 
-The ledger is written before anything is created. A deployment holds nothing that a run needs again, as its snapshots
-stay with the trainer job, so one that has failed or stopped is followed by the next generation. Which weights it
-serves is decided in cookbook/weight_sync.py.
+There are two kinds: one that hot loads from the policy's trainer, and one of any model without a trainer. The ledger is
+written before anything is created. A deployment holds nothing that a run needs again, as the snapshots stay with the
+trainer job, so one that has failed or stopped is followed by the next generation. Which weights it serves is decided
+in cookbook/weight_sync.py.
 """
 
 from __future__ import annotations
@@ -13,18 +14,29 @@ import json
 import logging
 import re
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 from fireworks.training.sdk import DeploymentConfig
 
-from cookbook.config import RLConfig
-from cookbook.control_plane import ControlPlane, Deployment
+from cookbook.config import DeployConfig, DeployedConfig, RLConfig
+from cookbook.control_plane import CALL_TIMEOUT_S, ControlPlane, Deployment
 from cookbook.deadlines import Deadline
 from cookbook.errors import ConfigError, Problem, ProvisioningError
 from cookbook.ledger import ResourceLedger, ResourceRecord
+from cookbook.models.folders import resolve_model
 from cookbook.provisioning import TrainerHandle, wire_model
 
-__all__ = ["DeploymentHandle", "attach_trainer", "deployment_id_of", "provision_deployment", "release_deployments"]
+__all__ = [
+    "DeploymentHandle",
+    "attach_trainer",
+    "deploy_model",
+    "deployment_id_of",
+    "provision_deployment",
+    "release_deployments",
+    "served_model",
+]
 
 ROLE = "sampler"
 READY = "READY"
@@ -59,13 +71,29 @@ class DeploymentHandle:
     """1, 2, ...; 0 for one that was adopted."""
 
 
-def deployment_id_of(base_model: str, run_id: str, generation: int) -> str:
-    """The id of a run's own deployment: model, run, and the generation from the second one on.
+@dataclass(frozen=True)
+class _Wanted:
+    """A deployment of the run's own, as it is asked for."""
+
+    role: str
+    request: DeploymentConfig
+    """What to ask the backend for, without an id and a trainer job."""
+    spec: str
+    """Fingerprint of what was asked for."""
+    trainer_job: Callable[[], str | None]
+    """Resource name of the trainer job to hot load from, when the deployment is made. May wait for it."""
+    probed: bool
+    """Whether it is ready only once it answers: one that scales to zero says READY without a replica."""
+
+
+def deployment_id_of(base_model: str, run_id: str, generation: int, role: str = ROLE) -> str:
+    """The id of a run's own deployment: model, run, the role if it is not the sampler's, the generation from the
+    second one on.
 
     >>> deployment_id_of("accounts/local/models/SmolLM2-135M", "rl-1f2e3d4c", 2)
     'smollm2-135m-rl-1f2e3d4c-g2'
     """
-    end = f"-{run_id}" if generation == 1 else f"-{run_id}-g{generation}"
+    end = f"-{run_id}" + ("" if role == ROLE else f"-{role}") + ("" if generation == 1 else f"-g{generation}")
     last = base_model.rstrip("/").rsplit("/", 1)[-1].lower()
     slug = re.sub(r"[^a-z0-9]+", "-", last)[: _LONGEST_ID - len(end)].strip("-")
     return f"{slug or 'model'}{end}"
@@ -74,7 +102,7 @@ def deployment_id_of(base_model: str, run_id: str, generation: int) -> str:
 def provision_deployment(
     control: ControlPlane,
     ledger: ResourceLedger,
-    config: RLConfig,
+    config: DeployedConfig,
     *,
     trainer: TrainerHandle | None,
     run_id: str,
@@ -103,10 +131,84 @@ def provision_deployment(
     if config.deployment.deployment_id is not None:
         handle = _adopt(control, config.deployment.deployment_id, base_model, deadline)
     else:
-        handle = _own(control, ledger, config, trainer, run_id, base_model, deadline)
+        request = _request(control, config.deployment, base_model, config.infra.training_shape_id, deadline)
+        wanted = _Wanted(
+            role=ROLE,
+            request=request,
+            spec=_fingerprint(request, config.deployment.deployment_shape or config.infra.training_shape_id),
+            trainer_job=lambda: _job_name(control, ledger, config, trainer, deadline),
+            probed=False,
+        )
+        handle = _own(control, ledger, wanted, run_id, deadline)
     if trainer is not None:
         attach_trainer(control, handle, trainer.job_name, deadline)
     return handle
+
+
+def deploy_model(
+    control: ControlPlane,
+    ledger: ResourceLedger,
+    model: str,
+    deployment: DeployConfig,
+    *,
+    run_id: str,
+    role: str = "deployment",
+    deadline: Deadline,
+    training_shape_id: str | None = None,
+) -> DeploymentHandle:
+    """Have a ready deployment of any model (base, promoted full model, promoted LoRA adapter), without a trainer: the
+    one that `deployment` names, the one the run has in this role, else the next generation.
+
+    The ledger's rules are those of `provision_deployment`. A run may have several, each in a role of its own. Unless
+    `deployment.replica_count` pins it, the backend frees the hardware of one that nobody asks anything.
+
+    Args:
+        ledger: the run's resources; `release_deployments` deletes what was made.
+        model: a name of `cookbook models list`, a folder, or a model resource of the backend.
+        deployment: where and how. A changed one gives a new deployment.
+        run_id: part of the deployment's id.
+        role: what it is to the run, in a-z, 0-9 and "-"; part of its id.
+        deadline: of all of it.
+        training_shape_id: whose deployment shape to use where `deployment` names neither shape nor accelerator.
+
+    Raises:
+        ProvisioningError: the deployment failed (with the backend's message), was deleted meanwhile, or is late.
+        ModelError, ConfigError: the model or what `deployment` asks for cannot be had.
+        LeaseLost: another process owns the run.
+    """
+    base_model = served_model(model, control.backend, control.models_dir)
+    if deployment.deployment_id is not None:
+        return _adopt(control, deployment.deployment_id, base_model, deadline)
+    shape = deployment.deployment_shape or training_shape_id
+    if control.backend != "embedded" and not shape and deployment.deployment_accelerator_type is None:
+        what = f"neither deployment_shape nor deployment_accelerator_type is set, with backend {control.backend!r}."
+        raise ConfigError([Problem("deployment", what, "Set deployment.deployment_shape.")])
+    request = dataclasses.replace(
+        _request(control, deployment, base_model, training_shape_id, deadline),
+        min_replica_count=deployment.replica_count or 0,
+        hot_load_bucket_type=None,
+        hot_load_transition_type=None,
+        enable_hot_load=False,
+        for_training=False,
+    )
+    wanted = _Wanted(role, request, _fingerprint(request, shape), trainer_job=lambda: None, probed=True)
+    return _own(control, ledger, wanted, run_id, deadline)
+
+
+def served_model(model: str, backend: str, models_dir: Path) -> str:
+    """The name on the wire of a model to deploy: as `wire_model`, and LoRA adapters (PEFT folders) too.
+
+    Raises:
+        ModelError: no such model on this machine.
+        ConfigError: not a resource name.
+    """
+    if backend == "embedded":
+        folder = resolve_model(model, models_dir, adapters=True)
+        return f"accounts/local/models/{folder.name}" if folder.parent == models_dir.resolve() else str(folder)
+    if not model.startswith("accounts/"):
+        what = f"{model!r} is not a model resource, and backend is {backend!r}."
+        raise ConfigError([Problem("model", what, "Write accounts/<account>/models/<model>.")])
+    return model
 
 
 def attach_trainer(control: ControlPlane, deployment: DeploymentHandle, job_name: str, deadline: Deadline) -> None:
@@ -129,8 +231,11 @@ def attach_trainer(control: ControlPlane, deployment: DeploymentHandle, job_name
     )
 
 
-def release_deployments(control: ControlPlane, ledger: ResourceLedger) -> None:
+def release_deployments(control: ControlPlane, ledger: ResourceLedger, *, timeout_s: float = CALL_TIMEOUT_S) -> None:
     """Delete a run's own deployments: a run that goes on makes the next one. An adopted one is not in the ledger.
+
+    Args:
+        timeout_s: for each of them.
 
     Raises:
         LeaseLost: another process owns the run, and may be using the deployments. Nothing was done.
@@ -139,40 +244,33 @@ def release_deployments(control: ControlPlane, ledger: ResourceLedger) -> None:
     ledger.check_lease()
     for record in ledger.all():
         if record.kind == "deployment" and record.state != "freed":
-            control.delete_deployment(record.resource_id)
+            control.delete_deployment(record.resource_id, timeout_s)
             ledger.freed(record)
 
 
 def _own(
-    control: ControlPlane,
-    ledger: ResourceLedger,
-    config: RLConfig,
-    trainer: TrainerHandle | None,
-    run_id: str,
-    base_model: str,
-    deadline: Deadline,
+    control: ControlPlane, ledger: ResourceLedger, wanted: _Wanted, run_id: str, deadline: Deadline
 ) -> DeploymentHandle:
-    request = _request(control, config, base_model, deadline)
-    spec = _fingerprint(request, config)
-    record, found = ledger.current(ROLE), None
+    base_model = wanted.request.base_model
+    record, found = ledger.current(wanted.role), None
     if record is not None and record.state != "freed":
         found = control.deployment(record.resource_id, _left(deadline))
-        if not _is_usable(record, found, spec):
+        if not _is_usable(record, found, wanted.spec):
             record, found = _discard(control, ledger, record, found, deadline), None
     if record is None or record.state == "freed":
         generation = 1 if record is None else record.generation + 1
-        name = deployment_id_of(base_model, run_id, generation)
-        record = ledger.intend("deployment", ROLE, generation, spec, resource_id=name)
+        name = deployment_id_of(base_model, run_id, generation, wanted.role)
+        record = ledger.intend("deployment", wanted.role, generation, wanted.spec, resource_id=name)
     if found is None:
-        _create(control, request, record.resource_id, _job_name(control, ledger, config, trainer, deadline), deadline)
+        _create(control, wanted.request, record.resource_id, wanted.trainer_job(), deadline)
     if record.state == "intended":
         record = ledger.confirm(record)
-    ready = _wait_until_ready(control, record.resource_id, deadline, found=found is not None)
+    ready = _wait_until_ready(control, record.resource_id, deadline, probed=wanted.probed or found is not None)
     if ready["state"] in (FAILED, *DELETED):
         if found is None:
             what = f"deployment {record.resource_id} is {ready['state']}: {_status_of(ready)}"
             raise ProvisioningError(f"{what}. The next attempt makes another one.")
-        return _own(control, ledger, config, trainer, run_id, base_model, deadline)  # it has died meanwhile
+        return _own(control, ledger, wanted, run_id, deadline)  # it has died meanwhile
     return _handle(control, record.resource_id, ready, base_model, deadline, generation=record.generation)
 
 
@@ -189,7 +287,7 @@ def _adopt(control: ControlPlane, deployment_id: str, base_model: str, deadline:
         raise ConfigError([Problem(where, what, "Name a deployment of the same model, or leave deployment_id out.")])
     ready = deployment
     if not _is_scaled_to_zero(deployment):
-        ready = _wait_until_ready(control, deployment_id, deadline, found=True)
+        ready = _wait_until_ready(control, deployment_id, deadline, probed=True)
     if ready["state"] in (FAILED, *DELETED) or _is_scaled_to_zero(ready):
         state = "scaled to zero" if _is_scaled_to_zero(ready) else ready["state"]
         raise ProvisioningError(
@@ -213,12 +311,13 @@ def _handle(
     return DeploymentHandle(deployment_id, name, model, base_model, adopted=generation == 0, generation=generation)
 
 
-def _request(control: ControlPlane, config: RLConfig, base_model: str, deadline: Deadline) -> DeploymentConfig:
-    """What to ask the backend for, without an id and a trainer job."""
-    wanted = config.deployment
+def _request(
+    control: ControlPlane, wanted: DeployConfig, base_model: str, training_shape_id: str | None, deadline: Deadline
+) -> DeploymentConfig:
+    """What to ask the backend for a deployment that hot loads, without an id and a trainer job."""
     shape, accelerator = wanted.deployment_shape, wanted.deployment_accelerator_type
-    if shape is None and accelerator is None and config.infra.training_shape_id is not None:
-        shape = control.shape(config.infra.training_shape_id, _left(deadline)).deployment_shape_version
+    if shape is None and accelerator is None and training_shape_id is not None:
+        shape = control.shape(training_shape_id, _left(deadline)).deployment_shape_version
     if not shape and accelerator is None:
         accelerator = "CPU"  # only the embedded backend gets here: the config wants one of them otherwise
     replicas = wanted.replica_count or 1
@@ -240,14 +339,15 @@ def _request(control: ControlPlane, config: RLConfig, base_model: str, deadline:
     )
 
 
-def _fingerprint(request: DeploymentConfig, config: RLConfig) -> str:
+def _fingerprint(request: DeploymentConfig, shape: str | None) -> str:
     """What was asked for. A shape as the config names it: a new version of it does not make a deployment wrong."""
-    shape = config.deployment.deployment_shape or config.infra.training_shape_id
     values = dataclasses.asdict(request) | {"deployment_shape": shape}
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _create(control: ControlPlane, request: DeploymentConfig, name: str, job_name: str, deadline: Deadline) -> None:
+def _create(
+    control: ControlPlane, request: DeploymentConfig, name: str, job_name: str | None, deadline: Deadline
+) -> None:
     named = dataclasses.replace(request, deployment_id=name, hot_load_trainer_job=job_name)
     control.call(f"creating deployment {name}", lambda: control.deployments.create_or_get(named), _left(deadline))
 
@@ -255,14 +355,14 @@ def _create(control: ControlPlane, request: DeploymentConfig, name: str, job_nam
 def _job_name(
     control: ControlPlane,
     ledger: ResourceLedger,
-    config: RLConfig,
+    config: DeployedConfig,
     trainer: TrainerHandle | None,
     deadline: Deadline,
 ) -> str:
     """Resource name of the policy's trainer job, as soon as it exists."""
     if trainer is not None:
         return trainer.job_name
-    job_id = config.policy_job_id
+    job_id = config.policy_job_id if isinstance(config, RLConfig) else None
     wait = Deadline(min(_TRAINER_WAIT_S, deadline.remaining()))
     while job_id is None:
         record = ledger.current("policy")
@@ -301,18 +401,18 @@ def _discard(
     return ledger.freed(record)
 
 
-def _wait_until_ready(control: ControlPlane, deployment_id: str, deadline: Deadline, *, found: bool) -> Deployment:
+def _wait_until_ready(control: ControlPlane, deployment_id: str, deadline: Deadline, *, probed: bool) -> Deployment:
     """Poll until the deployment serves, or cannot any more.
 
-    Its state may lag behind: a new one may answer before it is READY, and one that was `found` may have died a moment
-    ago. A completion tells.
+    Its state may lag behind: a new one may answer before it is READY, and one that was there before may have died a
+    moment ago. A completion tells; one that is `probed` must give one, whatever its state says.
     """
     model = f"accounts/{control.account_id(_left(deadline))}/deployments/{deployment_id}"
     pause = _FIRST_PAUSE_S
     while True:
         deployment = control.deployment(deployment_id, _left(deadline)) or _GONE
         state = deployment["state"]
-        if state in (FAILED, *DELETED) or (state == READY and not found):
+        if state in (FAILED, *DELETED) or (state == READY and not probed):
             return deployment
         if state in (READY, *STARTING) and control.is_serving(model):
             return deployment

@@ -11,7 +11,7 @@ import logging
 import os
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from typing import Any
 from cookbook.errors import CheckpointError
 
 __all__ = ["append_jsonl", "cut_torn_line", "file_lock", "read_json", "read_jsonl", "try_lock", "write_json"]
+__all__ += ["replace_jsonl"]
 
 _LOCK_POLL_S = 0.02
 
@@ -31,7 +32,19 @@ def write_json(path: Path, value: Any) -> None:
     Raises:
         CheckpointError: the file cannot be written (disk full, no permission), or `value` is not JSON.
     """
-    text = _dump(path, value, indent=2) + "\n"
+    _replace(path, _dump(path, value, indent=2) + "\n")
+
+
+def replace_jsonl(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Replace a file of JSON lines by these rows, as `write_json` replaces a value.
+
+    Raises:
+        CheckpointError: as for `write_json`; the old rows are kept.
+    """
+    _replace(path, "".join(_dump(path, row) + "\n" for row in rows))
+
+
+def _replace(path: Path, text: str) -> None:
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from fireworks.training.sdk import TrainerJobConfig
 
-from cookbook.config import RecipeConfig, RLConfig
+from cookbook.config import DPOConfig, RecipeConfig, RLConfig
 from cookbook.control_plane import ControlPlane, Job, connect
 from cookbook.deadlines import Deadline
 from cookbook.errors import ConfigError, Problem, ProvisioningError
@@ -31,6 +31,7 @@ __all__ = [
     "promote",
     "provision_reference",
     "provision_trainer",
+    "release_reference",
     "release_trainers",
     "wire_model",
 ]
@@ -152,12 +153,13 @@ def provision_trainer(
 
 
 def provision_reference(
-    control: ControlPlane, ledger: ResourceLedger, config: RLConfig, *, deadline: Deadline
+    control: ControlPlane, ledger: ResourceLedger, config: RLConfig | DPOConfig, *, deadline: Deadline
 ) -> TrainerHandle | None:
     """Have the reference trainer of a run, as `provision_trainer` does; None where the run needs none of its own.
 
-    It needs one for a KL term against a reference that the config names, by its shape or by its job. The base model
-    under a LoRA adapter needs none: the policy's trainer serves it.
+    The base model under a LoRA adapter needs none: the policy's trainer serves it. RL needs one for a KL term against
+    a reference that the config names, by its shape or by its job; DPO with full parameters always, on
+    `infra.ref_training_shape_id`, else where the policy is: on its shape, or with its hardware.
 
     Raises:
         ProvisioningError, ModelError, ConfigError, LeaseLost: as for `provision_trainer`.
@@ -165,6 +167,23 @@ def provision_reference(
     if not config.needs_reference_trainer:
         return None
     return provision_trainer(control, ledger, config, role="reference", forward_only=True, deadline=deadline)
+
+
+def release_reference(control: ControlPlane, ledger: ResourceLedger) -> None:
+    """Delete a run's reference trainer, and only that one. Nothing happens where the run has none of its own.
+
+    `provision_reference` makes the next generation, should the run need it again.
+
+    Raises:
+        LeaseLost: another process owns the run, and may be using the trainer. Nothing was done.
+        ProvisioningError: the backend did not do it.
+    """
+    ledger.check_lease()
+    record = ledger.current("reference")
+    if record is None or record.state == "freed":
+        return
+    control.delete(record.resource_id)
+    ledger.freed(record)
 
 
 def release_trainers(control: ControlPlane, ledger: ResourceLedger, *, delete: bool) -> None:
@@ -219,7 +238,11 @@ def _request(
 
 
 def _shape_of(config: RecipeConfig, role: str) -> str | None:
-    return config.infra.ref_training_shape_id if role == "reference" else config.infra.training_shape_id
+    infra = config.infra
+    if role != "reference":
+        return infra.training_shape_id
+    own = infra.training_shape_id if isinstance(config, DPOConfig) else None
+    return infra.ref_training_shape_id or own
 
 
 def _fingerprint(request: TrainerJobConfig, config: RecipeConfig, role: str = "policy") -> str:

@@ -1,4 +1,4 @@
-"""Logprobs of the reference model, which the KL term pulls the policy towards.
+"""Logprobs of the reference model: of the KL term of RL, and of the log ratios of DPO.
 
 The reference is the base model: under the policy's LoRA adapter on the policy's own trainer, or on a trainer of its
 own (`cookbook.provisioning.provision_reference`).
@@ -7,13 +7,14 @@ own (`cookbook.provisioning.provision_reference`).
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Self
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Self, overload
 
 from fireworks.training.sdk import Datum
 
 from cookbook.client import ReconnectableClient
-from cookbook.config import RLConfig
+from cookbook.config import DPOConfig, RLConfig
 from cookbook.data.rollout_datums import completion_logprobs, forward_datums
 from cookbook.errors import ShapeError, TrainerLost
 
@@ -21,8 +22,10 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from fireworks.training.sdk import TrainerJobManager
+    from fireworks.training.sdk.types import ForwardBackwardOutput
     from torch import Tensor
 
+    from cookbook.client import PendingForward
     from cookbook.provisioning import TrainerHandle
     from cookbook.rollouts.records import PromptGroup
 
@@ -45,6 +48,7 @@ class Reference:
         """
         self._client = client
         self._timeout_s = timeout_s
+        self._is_closed = False
 
     @property
     def job_id(self) -> str:
@@ -65,16 +69,48 @@ class Reference:
             TrainerLost: the trainer is gone, or does not answer in time.
             ShapeError: the trainer's answer does not fit the datums.
         """
-        bare = [
-            Datum(model_input=d.model_input, loss_fn_inputs={"target_tokens": d.loss_fn_inputs["target_tokens"]})
-            for d in datums
-        ]
-        try:
-            return self._forward(bare)
-        except TrainerLost as error:
-            logger.info("the reference's session is lost, opening another: %s", error)
-            self._client.reconnect()
-            return self._forward(bare)
+        (found,) = self.stream([datums], max_in_flight=1)
+        return found
+
+    def stream(self, batches: Iterable[Sequence[Datum]], *, max_in_flight: int) -> Iterator[list[Tensor]]:
+        """As `logprobs` for each of many batches, in their order, with several requests in flight.
+
+        Each batch is a request of its own, whose numbers do not depend on what else is in flight.
+
+        Args:
+            batches: read lazily, when there is room for a request.
+            max_in_flight: at most so many requests have been sent and not answered.
+
+        Raises:
+            RequestRejected, TrainerLost, ShapeError: as for `logprobs`; the deadline is that of one answer.
+        """
+        source = iter(batches)
+        waiting: deque[list[Datum]] = deque()
+        sent: deque[PendingForward] = deque()
+        is_retry = False
+        while True:
+            batch = next(source, None) if len(waiting) < max_in_flight else None
+            if batch is not None:
+                waiting.append([_bare(datum) for datum in batch])
+            elif not waiting:
+                return
+            try:
+                for bare in list(waiting)[len(sent) :]:
+                    sent.append(self._client.submit_forward(bare, "cross_entropy"))
+                if batch is not None:
+                    continue  # there may be room for another
+                output = sent[0].result(self._timeout_s)
+            except TrainerLost as error:
+                if is_retry or self._is_closed:
+                    raise
+                logger.info("the reference's session is lost, opening another: %s", error)
+                self._client.reconnect()
+                sent.clear()
+                is_retry = True
+                continue
+            sent.popleft()
+            is_retry = False
+            yield self._checked(output, waiting.popleft())
 
     def completion_logprobs(self, groups: Sequence[PromptGroup]) -> list[list[float]]:
         """Logprobs of the completions of prompt groups, group by group: what `policy_step` takes.
@@ -92,7 +128,8 @@ class Reference:
         return completion_logprobs(groups, self.logprobs(forward_datums(groups)))
 
     def close(self) -> None:
-        """End the session."""
+        """End the session. A `stream` that is still read ends with TrainerLost."""
+        self._is_closed = True
         self._client.close()
 
     def __enter__(self) -> Self:
@@ -103,9 +140,8 @@ class Reference:
     ) -> None:
         self.close()
 
-    def _forward(self, datums: list[Datum]) -> list[Tensor]:
-        outputs = self._client.forward(datums, "cross_entropy", timeout_s=self._timeout_s).loss_fn_outputs
-        found = [output["logprobs"].to_torch() for output in outputs]
+    def _checked(self, output: ForwardBackwardOutput, datums: list[Datum]) -> list[Tensor]:
+        found = [outputs["logprobs"].to_torch() for outputs in output.loss_fn_outputs]
         wanted = [tuple(datum.loss_fn_inputs["target_tokens"].to_numpy().shape) for datum in datums]
         if [tuple(logprobs.shape) for logprobs in found] != wanted:
             raise ShapeError(
@@ -115,6 +151,24 @@ class Reference:
         return found
 
 
+def _bare(datum: Datum) -> Datum:
+    """The datum with nothing but its targets: what a forward pass needs."""
+    targets = {"target_tokens": datum.loss_fn_inputs["target_tokens"]}
+    return Datum(model_input=datum.model_input, loss_fn_inputs=targets)
+
+
+@overload
+def open_reference(
+    manager: TrainerJobManager,
+    config: DPOConfig,
+    policy: TrainerHandle,
+    reference: TrainerHandle | None,
+    *,
+    user_metadata: Mapping[str, str] | None = None,
+) -> Reference: ...
+
+
+@overload
 def open_reference(
     manager: TrainerJobManager,
     config: RLConfig,
@@ -122,8 +176,18 @@ def open_reference(
     reference: TrainerHandle | None,
     *,
     user_metadata: Mapping[str, str] | None = None,
+) -> Reference | None: ...
+
+
+def open_reference(
+    manager: TrainerJobManager,
+    config: RLConfig | DPOConfig,
+    policy: TrainerHandle,
+    reference: TrainerHandle | None,
+    *,
+    user_metadata: Mapping[str, str] | None = None,
 ) -> Reference | None:
-    """Open the reference of a run; None where it has no KL term.
+    """Open the reference of a run; None for RL without a KL term.
 
     Args:
         manager: `control.jobs`.
@@ -134,7 +198,7 @@ def open_reference(
     Raises:
         TrainerLost: no session or no model in time.
     """
-    if config.active_kl_beta == 0:
+    if isinstance(config, RLConfig) and config.active_kl_beta == 0:
         return None
     trainer = reference or policy
     client = ReconnectableClient(

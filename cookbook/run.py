@@ -26,10 +26,13 @@ from cookbook.summary import RunSummary
 
 __all__ = [
     "CHECKPOINTS_FILE",
+    "EVALUATION_FILE",
     "RESOURCES_FILE",
+    "RUN_FILE",
     "Progress",
     "RunDirectory",
     "RunRecord",
+    "fixed_fields",
     "list_runs",
     "numbers_fingerprint",
 ]
@@ -38,6 +41,8 @@ RUN_FILE = "run.json"
 RESOURCES_FILE = "resources.jsonl"
 CHECKPOINTS_FILE = "checkpoints.jsonl"
 SUMMARY_FILE = "summary.json"
+EVALUATION_FILE = "evaluation.json"
+"""What an evaluation ends with, in place of a summary."""
 LOCK_FILE = ".lock"
 WRITE_LOCK_FILE = ".write.lock"
 
@@ -54,6 +59,7 @@ FREE_FIELDS = (
     "policy_base_url",
     "policy_job_id",
     "promote_timeout_s",
+    "ref_cache_concurrency",
     "reference_base_url",
     "reference_job_id",
     "retry",
@@ -292,7 +298,7 @@ def _state_of(path: Path, run_id: str) -> str:
     if lock is None:
         return "running"
     os.close(lock)
-    return "finished" if (path / SUMMARY_FILE).exists() else "stopped"
+    return "finished" if any((path / name).exists() for name in (SUMMARY_FILE, EVALUATION_FILE)) else "stopped"
 
 
 def _own(path: Path) -> int:
@@ -395,19 +401,20 @@ def _changes(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -
 
 def numbers_fingerprint(config: Mapping[str, Any], data_fingerprint: str) -> str:
     """sha256 (hex) of the data and of every config field that changes a run's numbers: those that are not free."""
-
-    def pinned(values: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-        found: dict[str, Any] = {}
-        for name, value in values.items():
-            path = prefix + name
-            if isinstance(value, Mapping):
-                found |= pinned(value, f"{path}.")
-            elif not _is_free(path):
-                found[path] = value
-        return found
-
-    text = json.dumps([pinned(config, ""), data_fingerprint], sort_keys=True)
+    text = json.dumps([fixed_fields(config), data_fingerprint], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def fixed_fields(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The fields of a config that change a run's numbers, blocks flattened: "adam.beta1", ..."""
+    found: dict[str, Any] = {}
+    for name, value in config.items():
+        path = prefix + name
+        if isinstance(value, Mapping):
+            found |= fixed_fields(value, f"{path}.")
+        elif not _is_free(path):
+            found[path] = value
+    return found
 
 
 def _is_free(path: str) -> bool:

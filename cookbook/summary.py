@@ -36,8 +36,9 @@ class RunSummary:
     reward: dict[str, float] = field(default_factory=dict)
     """RL: "first" and "last": mean reward of the completions of the first and the last tenth of the steps."""
     evaluation: dict[str, dict[str, float]] = field(default_factory=dict)
-    """"before" and "after", on `num_rows` held-out rows. SFT: loss (nats a token), token_accuracy, exact_match,
-    num_tokens. RL: reward (mean), and "reward/<part>" of what it was made of."""
+    """"before" and "after", on `num_rows` held-out rows or `num_pairs` pairs. SFT: loss (nats a token), token_accuracy,
+    exact_match, num_tokens. DPO and ORPO: loss (nats), preference_accuracy and more. RL: reward (mean), and
+    "reward/<part>" of what it was made of."""
     samples: list[dict[str, str]] = field(default_factory=list)
     """RL: held-out rows with their "prompt", and what was answered "before" and "after" training."""
     checkpoint: str | None = None
@@ -107,7 +108,7 @@ class RunSummary:
                 shown = _HELD_OUT.get(name, (name.replace("_", " "), ".3f", ""))
                 lines.append((f"held-out {shown[0]}", f"{before[name]:{shown[1]}} -> {value:{shown[1]}}{shown[2]}"))
         name, text = lines[0]
-        return [(name, f"{text} ({after['num_rows']:,.0f} rows)"), *lines[1:]]
+        return [(name, f"{text}{_count(after)}"), *lines[1:]]
 
     def _samples_text(self) -> list[str]:
         """Answers to the same held-out rows, before and after training."""
@@ -126,13 +127,25 @@ class RunSummary:
 
 
 _HELD_OUT = {
-    "loss": ("loss", ".4f", " nats a token"),
+    "loss": ("loss", ".4f", " nats"),
+    "chosen_logprob": ("logprob of chosen answers", ".3f", " nats a token"),
+    "rejected_logprob": ("logprob of rejected answers", ".3f", " nats a token"),
+    "margin": ("margin", ".3f", " nats"),
     "token_accuracy": ("token accuracy", ".1%", ""),
     "exact_match": ("exact match", ".1%", ""),
+    "preference_accuracy": ("preference accuracy", ".1%", ""),
+    "preference_accuracy_per_token": ("preference accuracy per token", ".1%", ""),
+    "reward_accuracy": ("reward accuracy", ".1%", ""),
 }
 """Held-out number -> how it is named, formatted and followed by its unit; others are shown by their own names."""
 
 _LONGEST_LINE = 100
+
+
+def _count(values: dict[str, float]) -> str:
+    """How many rows or pairs the numbers are of."""
+    counted = next((name for name in ("num_rows", "num_pairs") if name in values), None)
+    return "" if counted is None else f" ({values[counted]:,.0f} {counted.removeprefix('num_')})"
 
 
 def _one_line(text: str) -> str:

@@ -18,15 +18,35 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
-from cookbook.config import Environment, RecipeConfig, RLConfig, SFTConfig, environment
+from cookbook.config import (
+    Config,
+    Environment,
+    PreferenceConfig,
+    RecipeConfig,
+    RLConfig,
+    SFTConfig,
+    WandBConfig,
+    environment,
+)
 from cookbook.errors import ConfigError, DataError, ModelError, Problem
 from cookbook.models.folders import HUB_NAME, check_model_folder, find_folder
 from cookbook.rewards.load import spec_problem
 from cookbook.rewards.reasoning import PREFIX, parse_spec
 
-__all__ = ["check_inputs", "load_config", "with_row_problems"]
+__all__ = [
+    "check_data_file",
+    "check_folder",
+    "check_inputs",
+    "check_wandb",
+    "load_config",
+    "read_config",
+    "with_row_problems",
+]
 
+B = TypeVar("B", bound=Config)
 C = TypeVar("C", bound=RecipeConfig)
+
+ConfigWithData = SFTConfig | RLConfig | PreferenceConfig
 
 PLACEHOLDER = "placeholder"
 """Stands for a required field that is missing or wrong, so that the rules between the other fields still run."""
@@ -55,6 +75,29 @@ def load_config(
         ConfigError: every problem of the sources, the fields, the rules between fields and the files that the config
             names, together.
     """
+    config, problems, stand_ins = read_config(cls, file=file, sets=sets, overrides=overrides)
+    if "backend" in stand_ins:  # which models there are depends on it
+        stand_ins |= {"base_model", "tokenizer_model"}
+    env = environment()
+    problems += [p for p in check_inputs(config, env) if p.where not in stand_ins]
+    if problems:
+        raise ConfigError(with_row_problems(problems, config, env, stand_ins))
+    return config
+
+
+def read_config(
+    cls: type[B],
+    *,
+    file: Path | None = None,
+    sets: Sequence[str] = (),
+    overrides: Mapping[str, Any] | None = None,
+) -> tuple[B, list[Problem], set[str]]:
+    """As `load_config`, without a look at what the config names.
+
+    Returns:
+        The config, all problems of its sources, fields and rules, and the top-level fields whose value is a stand-in,
+        as the user's was wrong.
+    """
     problems: list[Problem] = []
     values = _read_file(file, problems) if file is not None else {}
     for item in sets:
@@ -63,14 +106,7 @@ def load_config(
         _put(values, key, value, f"override {key}", problems)
 
     config, field_problems, stand_ins = _build(cls, values)
-    problems += field_problems
-    if "backend" in stand_ins:  # which models there are depends on it
-        stand_ins |= {"base_model", "tokenizer_model"}
-    env = environment()
-    problems += [p for p in check_inputs(config, env) if p.where not in stand_ins]
-    if problems:
-        raise ConfigError(with_row_problems(problems, config, env, stand_ins))
-    return config
+    return config, [*problems, *field_problems], stand_ins
 
 
 # Sources ------------------------------------------------------------------------------------------------------------
@@ -170,7 +206,7 @@ def _put(values: dict[str, Any], key: str, value: Any, where: str, problems: lis
 # Fields and rules ---------------------------------------------------------------------------------------------------
 
 
-def _build(cls: type[C], values: dict[str, Any]) -> tuple[C, list[Problem], set[str]]:
+def _build(cls: type[B], values: dict[str, Any]) -> tuple[B, list[Problem], set[str]]:
     """The config, its problems, and the top-level fields whose value is a stand-in because the user's was wrong.
 
     Pydantic runs the rules between fields only when every single field is right. So wrong values are taken out, or
@@ -186,7 +222,7 @@ def _build(cls: type[C], values: dict[str, Any]) -> tuple[C, list[Problem], set[
             details = error.errors(include_url=False)
         rules = details[0].get("ctx", {}).get("error") if not details[0]["loc"] else None
         if rules is not None:
-            broken = rules.problems if isinstance(rules, ConfigError) else [Problem(cls.recipe, str(rules), "")]
+            broken = rules.problems if isinstance(rules, ConfigError) else [Problem(cls.__name__, str(rules), "")]
             return _without_rules(cls, values), problems + [p for p in broken if p.where not in stand_ins], stand_ins
         for detail in details:
             problems.append(_field_problem(cls, detail["loc"], detail))
@@ -200,11 +236,11 @@ def _copy(value: Any) -> Any:
     return value
 
 
-def _without_rules(cls: type[C], values: dict[str, Any]) -> C:
+def _without_rules(cls: type[B], values: dict[str, Any]) -> B:
     """The config of `values`, each of which is right by itself, although they break a rule together."""
     blocks = {name: field.annotation for name, field in cls.model_fields.items() if _is_model(field.annotation)}
     built = {name: block.model_validate(values[name]) for name, block in blocks.items() if block and name in values}
-    return cast(C, cls.model_construct(**{**values, **built}))
+    return cast(B, cls.model_construct(**{**values, **built}))
 
 
 def _take_out(cls: type[BaseModel], values: dict[str, Any], path: tuple[str | int, ...]) -> None:
@@ -299,14 +335,14 @@ def check_inputs(config: RecipeConfig, env: Environment) -> list[Problem]:
     A model name of the form `organization/model` that is no folder is left to the hub, and a model resource of the
     fireworks backend to that backend.
     """
-    problems = [*_check_folder("log_path", config.log_path), *_check_data("dataset", config.dataset, config)]
-    if isinstance(config, SFTConfig | RLConfig) and config.evaluation.dataset is not None:
+    problems = [*check_folder("log_path", config.log_path), *_check_data("dataset", config.dataset, config)]
+    if isinstance(config, ConfigWithData) and config.evaluation.dataset is not None:
         problems += _check_data("evaluation.dataset", config.evaluation.dataset, config)
     if isinstance(config, RLConfig):
         problems += _check_reward(config)
         if config.trajectory_dir is not None:
-            problems += _check_folder("trajectory_dir", config.trajectory_dir)
-    return problems + _check_models(config, env.home / "models") + _check_wandb(config, env)
+            problems += check_folder("trajectory_dir", config.trajectory_dir)
+    return problems + _check_models(config, env.home / "models") + check_wandb(config.wandb, env)
 
 
 def with_row_problems(
@@ -320,7 +356,7 @@ def with_row_problems(
     known = {p.where.split(":")[0] for p in problems} | set(stand_ins)
     needed = {"dataset", "base_model", "tokenizer_model", "train_on_what", "renderer_name"}
     needed |= {"reward", "max_completion_tokens", "deployment", "deployment.tokenizer_model"}
-    if not isinstance(config, SFTConfig | RLConfig) or known & needed:
+    if not isinstance(config, ConfigWithData) or known & needed:
         return list(dict.fromkeys(problems))
     try:
         with tempfile.TemporaryDirectory() as cache_dir:
@@ -330,19 +366,24 @@ def with_row_problems(
     return list(dict.fromkeys(problems))
 
 
-def _load_rows(config: SFTConfig | RLConfig, models_dir: Path, cache_dir: Path) -> None:
+def _load_rows(config: SFTConfig | RLConfig | PreferenceConfig, models_dir: Path, cache_dir: Path) -> None:
     # A tokenizer takes seconds to import.
     if isinstance(config, RLConfig):
         from cookbook.data.rl import load_rl_data
 
         load_rl_data(config, models_dir, cache_dir)
+    elif isinstance(config, PreferenceConfig):
+        from cookbook.data.preferences import load_preference_data
+
+        load_preference_data(config, models_dir, cache_dir)
     else:
         from cookbook.data.sft import load_sft_data
 
         load_sft_data(config, models_dir, cache_dir)
 
 
-def _check_folder(where: str, name: str) -> list[Problem]:
+def check_folder(where: str, name: str) -> list[Problem]:
+    """Whether `name` is, or can become, a folder that can be written."""
     path = Path(name)
     existing = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
     if not existing.is_dir():
@@ -359,7 +400,7 @@ def _check_reward(config: RLConfig) -> list[Problem]:
 
 def _check_data(where: str, name: str, config: RecipeConfig) -> list[Problem]:
     if not isinstance(config, RLConfig) or not name.startswith(PREFIX):
-        return _check_data_file(where, name)
+        return check_data_file(where, name)
     try:
         parse_spec(name)
     except DataError as error:
@@ -367,7 +408,8 @@ def _check_data(where: str, name: str, config: RecipeConfig) -> list[Problem]:
     return []
 
 
-def _check_data_file(where: str, name: str) -> list[Problem]:
+def check_data_file(where: str, name: str) -> list[Problem]:
+    """Whether `name` is a file with at least one line."""
     path = Path(name)
     try:
         if path.is_dir():
@@ -409,9 +451,10 @@ def _check_models(config: RecipeConfig, models_dir: Path) -> list[Problem]:
     return problems
 
 
-def _check_wandb(config: RecipeConfig, env: Environment) -> list[Problem]:
-    if config.wandb.project is None or env.wandb_mode != "online" or env.wandb_key_present:
+def check_wandb(wandb: WandBConfig, env: Environment) -> list[Problem]:
+    """Whether W&B is wanted, and has no key."""
+    if wandb.project is None or env.wandb_mode != "online" or env.wandb_key_present:
         return []
-    what = f"{config.wandb.project!r} is set, but W&B has no key, and WANDB_MODE is {env.wandb_mode!r}."
+    what = f"{wandb.project!r} is set, but W&B has no key, and WANDB_MODE is {env.wandb_mode!r}."
     remedy = "Run `wandb login`, or set WANDB_API_KEY, or WANDB_MODE=offline to keep W&B runs on disk."
     return [Problem("wandb.project", what, remedy)]

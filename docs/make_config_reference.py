@@ -8,14 +8,16 @@ from typing import Any
 from pydantic import BaseModel
 
 import cookbook.config as config
+from cookbook.evaluation_config import EvaluationConfig
 
 TARGET = Path(__file__).parent / "config.md"
-RECIPES = [config.SFTConfig, config.RLConfig]
+RECIPES = [config.SFTConfig, config.RLConfig, config.DPOConfig, config.ORPOConfig, EvaluationConfig]
 BLOCKS = [
     config.InfraConfig,
     config.WeightSyncConfig,
     config.AdamConfig,
     config.EvalConfig,
+    config.PreferenceEvalConfig,
     config.RetryConfig,
     config.WandBConfig,
     config.RunnerConfig,

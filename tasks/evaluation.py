@@ -1,18 +1,20 @@
-"""Held-out evaluation of the policy: teacher-forced on its trainer, or by greedy answers of its deployment."""
+"""Held-out evaluation of the policy: on its trainer, teacher-forced, or by greedy answers of its deployment."""
 
 from __future__ import annotations
 
 from cookbook.config import SFTConfig
 from cookbook.data.sft import SFTData
 from cookbook.errors import SamplingError
-from cookbook.evaluation import evaluate_greedy, evaluate_held_out
+from cookbook.evaluation import evaluate_greedy, evaluate_held_out, evaluate_preferences
 from cookbook.files import write_json
 from cookbook.run import Progress
+from tasks.preference_run import DPORun, PreferenceRun
 from tasks.record import recorded
+from tasks.references import pair_references
 from tasks.rl_run import RLRun
 from tasks.run import Run
 
-__all__ = ["evaluate", "evaluate_rewards"]
+__all__ = ["evaluate", "evaluate_pairs", "evaluate_rewards"]
 
 
 def evaluate(run: Run, data: SFTData, progress: Progress) -> None:
@@ -26,6 +28,28 @@ def held_out_loss(run: Run, data: SFTData, progress: Progress) -> dict[str, floa
     """Loss (nats a token), token accuracy and exact match over the held-out rows."""
     assert isinstance(run.config, SFTConfig)
     result = evaluate_held_out(run.client, data.held_out_rows(), timeout_s=run.config.evaluation.timeout_s)
+    values = result.to_dict()
+    run.log_evaluation(progress, values)
+    return values
+
+
+def evaluate_pairs(run: PreferenceRun, progress: Progress) -> None:
+    """Evaluate on the held-out pairs, unless there are none or this step was evaluated already."""
+    if run.pairs.held_out is not None and progress.step not in run.evaluations():
+        held_out_preferences(run, progress)
+
+
+@recorded(deadline=lambda config: config.evaluation.timeout_s, retried=True, persist=True)
+def held_out_preferences(run: PreferenceRun, progress: Progress) -> dict[str, float]:
+    """Loss, and how often the chosen answer is preferred, over the held-out pairs."""
+    timeout_s = float(run.config.evaluation.timeout_s)
+    result = evaluate_preferences(
+        run.client,
+        run.pairs.held_out_pairs(),
+        run.objective,
+        (lambda pairs: pair_references(run, pairs, timeout_s)) if isinstance(run, DPORun) else None,
+        timeout_s=timeout_s,
+    )
     values = result.to_dict()
     run.log_evaluation(progress, values)
     return values

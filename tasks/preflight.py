@@ -5,6 +5,8 @@ from __future__ import annotations
 from prefect.artifacts import create_markdown_artifact
 
 from cookbook.config import SFTConfig
+from cookbook.data.preference_preflight import PreferencePreflightReport
+from cookbook.data.preferences import PreferenceData, load_preference_data
 from cookbook.data.preflight import PreflightReport
 from cookbook.data.rl import RLData, load_rl_data
 from cookbook.data.rl_preflight import RLPreflightReport
@@ -13,11 +15,12 @@ from cookbook.errors import ConfigError
 from cookbook.rollouts.environment import load_environment
 from cookbook.rollouts.filters import load_group_filter
 from cookbook.validation import check_inputs, with_row_problems
+from tasks.preference_run import DPORun, PreferenceRun
 from tasks.record import recorded
 from tasks.rl_run import RLRun
 from tasks.run import Run
 
-__all__ = ["preflight", "preflight_rl"]
+__all__ = ["preflight", "preflight_pairs", "preflight_rl"]
 
 
 @recorded(deadline=lambda config: 24 * 3600.0, retried=False)
@@ -62,13 +65,37 @@ def preflight_rl(run: RLRun) -> RLData:
     return run.data
 
 
+@recorded(deadline=lambda config: 24 * 3600.0, retried=False)
+def preflight_pairs(run: PreferenceRun) -> PreferenceData:
+    """The same for a run on pairs; DPO also finds which reference logprobs are known already.
+
+    Raises:
+        ConfigError, CheckpointError: as `preflight`.
+        DataError: the reference cache is damaged, or was made with another model.
+    """
+    _check(run)
+    run.data = load_preference_data(
+        run.config,
+        run.env.home / "models",
+        run.directory.path / "data",
+        shape_context=run.shape_context(),
+        progress=run.tracker.rows_read,
+    )
+    _accept(run, run.data.fingerprint, run.data.report)
+    if isinstance(run, DPORun):
+        run.open_cache()
+    return run.data
+
+
 def _check(run: Run) -> None:
     problems = check_inputs(run.config, run.env)
     if problems:
         raise ConfigError(with_row_problems(problems, run.config, run.env))
 
 
-def _accept(run: Run, fingerprint: str, report: PreflightReport | RLPreflightReport) -> None:
+def _accept(
+    run: Run, fingerprint: str, report: PreflightReport | RLPreflightReport | PreferencePreflightReport
+) -> None:
     """Pin the data to the run, and publish the report."""
     run.directory.pin_data(fingerprint)
     run.say(report.to_text())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from cookbook.checkpoints import last_promotable
 from cookbook.errors import CheckpointError
+from cookbook.models.provenance import provenance_of, record_provenance
 from cookbook.provisioning import promote as promote_checkpoint
 from tasks.record import recorded
 from tasks.run import Run
@@ -13,9 +14,9 @@ __all__ = ["promote"]
 
 @recorded(deadline=lambda config: config.promote_timeout_s, retried=True, persist=True)
 def promote(run: Run) -> dict[str, str]:
-    """Promote the last promotable checkpoint to `output_model_id`; return the model's resource name.
+    """Promote the last promotable checkpoint to `output_model_id`, and record where the model comes from.
 
-    Doing it again with the same checkpoint gives the same model.
+    Returns its resource name. Doing it again with the same checkpoint gives the same model.
 
     Raises:
         CheckpointError: the run has no promotable checkpoint, or the id is taken by another model.
@@ -32,4 +33,6 @@ def promote(run: Run) -> dict[str, str]:
         base_model=run.trainer.base_model if run.trainer is not None else config.base_model,
         timeout_s=config.promote_timeout_s,
     )
+    made = provenance_of(run.directory.path, run.model, row, home=run.env.home)
+    record_provenance(run.env.home, made)
     return {"model": run.model.name}

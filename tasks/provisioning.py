@@ -10,11 +10,12 @@ from cookbook.deployments import provision_deployment as deploy
 from cookbook.provisioning import provision_reference as provision_other
 from cookbook.provisioning import provision_trainer as provision
 from cookbook.reference import open_reference
+from tasks.preference_run import DPORun
 from tasks.record import RecordedTask, recorded
 from tasks.rl_run import RLRun
 from tasks.run import Run
 
-__all__ = ["provision_rl", "provision_trainer"]
+__all__ = ["provision_dpo", "provision_rl", "provision_trainer"]
 
 
 @recorded(deadline=lambda config: config.infra.trainer_timeout_s, retried=True, persist=True)
@@ -36,7 +37,7 @@ def provision_trainer(run: Run) -> dict[str, str]:
 
 
 @recorded(deadline=lambda config: config.infra.trainer_timeout_s, retried=True, persist=True)
-def provision_reference(run: RLRun) -> dict[str, str]:
+def provision_reference(run: RLRun | DPORun) -> dict[str, str]:
     """Provision the reference trainer, as `provision_trainer` does; {} where the run needs none of its own."""
     started = time.monotonic()
     deadline = Deadline(run.config.infra.trainer_timeout_s)
@@ -48,7 +49,7 @@ def provision_reference(run: RLRun) -> dict[str, str]:
 
 
 @recorded(deadline=lambda config: config.deployment.deployment_timeout_s, retried=True, persist=True)
-def provision_deployment(run: RLRun) -> dict[str, str]:
+def provision_deployment(run: RLRun | DPORun) -> dict[str, str]:
     """Provision the deployment that samples, within its own deadline; return its identity.
 
     Raises:
@@ -88,3 +89,18 @@ def provision_rl(run: RLRun) -> None:
     )
     if run.reference is not None:
         run.closed_at_end(run.reference)
+
+
+def provision_dpo(run: DPORun) -> None:
+    """Policy trainer; a reference trainer while its logprobs are not all known; a deployment where weights are synced.
+
+    Raises:
+        ProvisioningError: one of them could not be had; the others are released with the run.
+    """
+    run.control.account_id()  # before the threads, which share it
+    tasks: list[RecordedTask[Any, [], Any]] = [provision_trainer]
+    if run.config.needs_reference_trainer and not run.cache_is_complete:
+        tasks.append(provision_reference)
+    if run.config.has_deployment:
+        tasks.append(provision_deployment)
+    run.records.side_by_side(tasks, run)

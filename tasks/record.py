@@ -24,7 +24,7 @@ from prefect.cache_policies import NO_CACHE
 from prefect.futures import as_completed
 from prefect.utilities.annotations import quote
 
-from cookbook.config import RecipeConfig, RetryConfig
+from cookbook.config import RetryConfig
 from cookbook.errors import (
     BackendError,
     ConfigError,
@@ -49,6 +49,13 @@ class Recording(Protocol):
 
     @property
     def records(self) -> Records: ...
+
+
+class Configured(Protocol):
+    """What the config of a run must have: how idempotent work is retried."""
+
+    @property
+    def retry(self) -> RetryConfig: ...
 
 
 R = TypeVar("R", bound=Recording)
@@ -136,7 +143,7 @@ class RecordedTask(Generic[R, P, T]):
         self.retried = retried
         self.task = task(name=body.__name__, cache_policy=NO_CACHE, persist_result=persist)(body)
 
-    def policy(self, config: RecipeConfig) -> Policy:
+    def policy(self, config: Configured) -> Policy:
         return Policy(self.deadline(config), config.retry if self.retried else None)
 
     def __call__(self, run: R, *args: P.args, **kwargs: P.kwargs) -> T:
@@ -168,7 +175,7 @@ def _unsearched(argument: Any) -> Any:
 class Records:
     """The records that one run has made: when each task was last recorded, and how many calls each had."""
 
-    def __init__(self, config: RecipeConfig, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, config: Configured, clock: Callable[[], float] = time.monotonic) -> None:
         self._config = config
         self._clock = clock
         self._last: dict[str, float] = {}

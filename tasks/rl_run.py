@@ -1,21 +1,19 @@
-"""An open RL run: beside what all runs have, the deployment that samples, its weight sync, and the reference."""
+"""An open RL run: beside what all runs have, its data, its sampler and what was sampled, and the reference."""
 
 from __future__ import annotations
 
 import logging
 import math
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from prefect.artifacts import create_table_artifact
 
 from cookbook.config import Environment, RLConfig
 from cookbook.data.rl import RLData
-from cookbook.deployments import DeploymentHandle, release_deployments
 from cookbook.files import read_json, read_jsonl
 from cookbook.provisioning import TrainerHandle
 from cookbook.reference import Reference
@@ -25,7 +23,6 @@ from cookbook.rollouts.sampler import RolloutSampler
 from cookbook.rollouts.store import RolloutStore
 from cookbook.run import Progress, RunDirectory, numbers_fingerprint
 from cookbook.tracking.tracker import METRICS_FILE
-from cookbook.weight_sync import WeightSync
 from tasks.run import Run
 
 if TYPE_CHECKING:
@@ -43,15 +40,6 @@ TABLE_ROWS = 16
 REWARD = "reward/mean"
 
 
-class Closeable(Protocol):
-    """What holds threads or connections."""
-
-    def close(self) -> None: ...
-
-
-P = TypeVar("P", bound=Closeable)
-
-
 class RLRun(Run):
     """What the tasks of one RL flow run share."""
 
@@ -61,23 +49,11 @@ class RLRun(Run):
         super().__init__(config, directory, env)
         self.answers = directory.path / ANSWERS_FOLDER
         self.data: RLData | None = None
-        self.deployment: DeploymentHandle | None = None
         self.reference_trainer: TrainerHandle | None = None
         self.reference: Reference | None = None
-        self.sync: WeightSync | None = None
-        self.synced_step: int | None = None
-        """Step whose weights the deployment serves; None = no weight sync in this start of the run."""
         self.sampler: RolloutSampler | None = None
         self.collector: RolloutCollector | None = None
-        self._closing = ExitStack()
-        """What holds threads and connections, closed before anything is released."""
         self._table_at = float("-inf")
-        self._noted: dict[str, float | None] = {}
-
-    def closed_at_end(self, part: P) -> P:
-        """Have `part` closed when the run ends, the last one first."""
-        self._closing.callback(part.close)
-        return part
 
     @cached_property
     def store(self) -> RolloutStore:
@@ -122,14 +98,6 @@ class RLRun(Run):
         """Optimizer steps of the whole run if no further row is rejected."""
         return step + math.ceil(ledger.pending / self.config.prompt_groups_per_step)
 
-    def note(self, metrics: Mapping[str, float | None]) -> None:
-        """Keep numbers until the next step is logged: sampling and weight syncs belong to the step they serve."""
-        self._noted |= metrics
-
-    def log_step(self, progress: Progress, metrics: Mapping[str, float | None], *, tokens: int, seconds: float) -> None:
-        noted, self._noted = self._noted, {}
-        super().log_step(progress, {**noted, **metrics}, tokens=tokens, seconds=seconds)
-
     def show_rollouts(self, rows: Sequence[dict[str, Any]]) -> None:
         """Completions of the latest step as a table of the UI, at most every 10 s (an update costs about 11 ms)."""
         if time.monotonic() - self._table_at < MIN_TABLE_INTERVAL_S:
@@ -141,21 +109,6 @@ class RLRun(Run):
             create_table_artifact(table, key=f"rollouts-{self.directory.run_id}", description="Completions of one step")
         except Exception as error:  # a server that is busy or gone must not end training
             logger.warning("the table of completions was not updated: %s", error)
-
-    def _release(self, *, delete: bool) -> None:
-        try:
-            with suppress(Exception):  # what fails here must not keep hardware from being freed
-                self._closing.close()
-        finally:
-            try:
-                self._release_deployment()
-            finally:
-                super()._release(delete=delete)
-
-    def _release_deployment(self) -> None:
-        """Of the run's own ones all, also one that was not ready yet when the run ended."""
-        if self.has_control:
-            release_deployments(self.control, self.ledger)
 
     def _summary_fields(self, progress: Progress) -> dict[str, Any]:
         return {

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from fireworks.training.sdk import TrainingShapeProfile
 from prefect.artifacts import create_markdown_artifact
@@ -22,6 +22,7 @@ from prefect.runtime import flow_run
 from cookbook.checkpoints import ResumeInfo, last_commit
 from cookbook.client import ReconnectableClient
 from cookbook.config import Environment, RecipeConfig, environment
+from cookbook.deployments import DeploymentHandle, release_deployments
 from cookbook.errors import TrainerLost
 from cookbook.files import read_jsonl
 from cookbook.ledger import ResourceLedger
@@ -31,10 +32,11 @@ from cookbook.summary import RunSummary
 from cookbook.tracking import LOSS, Tracker, open_tracker
 from cookbook.tracking.terminal import numbers_text, step_text
 from cookbook.tracking.tracker import METRICS_FILE
+from cookbook.weight_sync import WeightSync
 from tasks.progress import ProgressArtifact
 from tasks.record import Records
 
-__all__ = ["Run", "due", "open_run", "run_name"]
+__all__ = ["SHOWN", "Run", "api_key", "due", "open_run", "run_name"]
 
 SECRET_BLOCK = "fireworks-api-key"
 EVALUATION_GROUP = "eval/"
@@ -59,6 +61,15 @@ def run_name() -> str:
     return f"{flow_run.flow_name} {Path(log_path).name}"
 
 
+class Closeable(Protocol):
+    """What holds threads or connections."""
+
+    def close(self) -> None: ...
+
+
+P = TypeVar("P", bound=Closeable)
+
+
 class Run:
     """What the tasks of one flow run share. A plain class: Prefect does not search such arguments for futures."""
 
@@ -71,6 +82,10 @@ class Run:
         self.tracker: Tracker = open_tracker(config, directory, env)
         self.artifact = ProgressArtifact(directory.run_id)
         self.trainer: TrainerHandle | None = None
+        self.deployment: DeploymentHandle | None = None
+        self.sync: WeightSync | None = None
+        self.synced_step: int | None = None
+        """Step whose weights the deployment serves; None = no weight sync in this start of the run."""
         self.resumed: ResumeInfo | None = None
         self.model: PromotedModel | None = None
         self.last_loss: float | None = None
@@ -78,6 +93,13 @@ class Run:
         self.train_tokens = 0
         self._control: ControlPlane | None = None
         self._client: ReconnectableClient | None = None
+        self._closing = ExitStack()
+        self._noted: dict[str, float | None] = {}
+
+    def closed_at_end(self, part: P) -> P:
+        """Have `part` closed when the run ends, the last one first, before anything is released."""
+        self._closing.callback(part.close)
+        return part
 
     def finished(self) -> RunSummary | None:
         """How an earlier start of this run came to its end; None while it has not."""
@@ -90,7 +112,7 @@ class Run:
     def control(self) -> ControlPlane:
         """The control plane of the run's backend; the embedded one starts on first use."""
         if self._control is None:
-            self._control = connect(self.config.backend, self.env, _api_key(self.config, self.env))
+            self._control = connect(self.config.backend, self.env, api_key(self.config.backend, self.env))
         return self._control
 
     @property
@@ -128,8 +150,14 @@ class Run:
         self.tracker.start(progress, self.accelerators())
         self.artifact.show(progress.step, progress.total_steps)
 
+    def note(self, metrics: Mapping[str, float | None]) -> None:
+        """Keep numbers until the next step is logged: sampling and weight syncs belong to the step they serve."""
+        self._noted |= metrics
+
     def log_step(self, progress: Progress, metrics: Mapping[str, float | None], *, tokens: int, seconds: float) -> None:
-        """Log one training step everywhere, and count it for the summary."""
+        """Log one training step everywhere, with what was noted for it, and count it for the summary."""
+        noted, self._noted = self._noted, {}
+        metrics = {**noted, **metrics}
         self.train_seconds += seconds
         self.train_tokens += tokens
         self.last_loss = metrics[LOSS]
@@ -181,11 +209,15 @@ class Run:
         return self._control is not None
 
     def _release(self, *, delete: bool) -> None:
-        """All trainers that the run ever asked for, also one that was not ready yet when the run ended."""
-        if self._client is not None:
-            self._client.close()
-        if self.has_control:
-            release_trainers(self.control, self.ledger, delete=delete)
+        """All that the run ever asked for, also what was not ready yet when the run ended; of deployments its own."""
+        with ExitStack() as steps:  # the last one first; each happens, whatever the others raise
+            if self.has_control:
+                steps.callback(release_trainers, self.control, self.ledger, delete=delete)
+                steps.callback(release_deployments, self.control, self.ledger)
+            if self._client is not None:
+                steps.callback(self._client.close)
+            with suppress(Exception):  # what fails here must not keep hardware from being freed
+                self._closing.close()
 
     def _summary(self, progress: Progress) -> RunSummary:
         evaluations = self.evaluations()
@@ -244,9 +276,9 @@ def open_run(config: RecipeConfig, kind: type[R]) -> Iterator[R]:
             raise
 
 
-def _api_key(config: RecipeConfig, env: Environment) -> str | None:
+def api_key(backend: str, env: Environment) -> str | None:
     """The key of the fireworks backend, from the environment, else the Secret block. The embedded one has its own."""
-    if config.backend != "fireworks" or env.fireworks_api_key is not None:
+    if backend != "fireworks" or env.fireworks_api_key is not None:
         return env.fireworks_api_key
     try:
         return str(Secret.load(SECRET_BLOCK).get())  # type: ignore[union-attr]

@@ -11,21 +11,34 @@ from cookbook.run import Progress
 from cookbook.weight_sync import WeightSync
 from tasks.record import recorded
 from tasks.rl_run import RLRun
+from tasks.run import Run
 
-__all__ = ["start_sampler", "weight_sync"]
+__all__ = ["start_sampler", "start_sync", "weight_sync"]
 
 
-def start_sampler(run: RLRun, progress: Progress) -> None:
-    """Make the sampler serve the trainer's weights before it is used for the first time.
+def start_sync(run: Run, progress: Progress) -> None:
+    """Make the deployment, where there is one, serve the trainer's weights before it is used for the first time.
 
     On a fresh run both have the base model's. Everything else needs a weight sync: other weights in the trainer
     (a resumed run, init_from_checkpoint) or in the deployment (adopted, or left by an earlier start). With
-    weight_sync_interval 0 a resumed run goes on sampling from the base model, as it did before.
+    weight_sync_interval 0 a resumed run goes on with the base model in the deployment, as it did before.
     """
-    assert run.trainer is not None, "provision_rl comes first"
-    assert run.deployment is not None, "provision_rl comes first"
+    if run.deployment is None:
+        return
+    assert run.trainer is not None, "provisioning comes first"
     config = run.config
     run.sync = run.closed_at_end(WeightSync(run.control, run.deployment, run.trainer, run.client, config.weight_sync))
+    has_other_weights = progress.step > 0 and config.weight_sync.weight_sync_interval > 0
+    is_wanted = config.weight_sync.weight_sync_before_training or config.init_from_checkpoint is not None
+    if run.sync.serving() != "" or has_other_weights or is_wanted:
+        weight_sync(run, progress)
+
+
+def start_sampler(run: RLRun, progress: Progress) -> None:
+    """Make the deployment serve the trainer's weights, and open the sampler on it."""
+    assert run.deployment is not None, "provision_rl comes first"
+    start_sync(run, progress)
+    config = run.config
     run.sampler = run.closed_at_end(open_sampler(run, run.deployment))
     run.collector = run.closed_at_end(
         RolloutCollector(
@@ -37,10 +50,6 @@ def start_sampler(run: RLRun, progress: Progress) -> None:
             tokenizer=run.tokenizer,
         )
     )
-    has_other_weights = progress.step > 0 and config.weight_sync.weight_sync_interval > 0
-    is_wanted = config.weight_sync.weight_sync_before_training or config.init_from_checkpoint is not None
-    if run.sync.serving() != "" or has_other_weights or is_wanted:
-        weight_sync(run, progress)
 
 
 def open_sampler(run: RLRun, deployment: DeploymentHandle) -> RolloutSampler:
@@ -59,7 +68,7 @@ def open_sampler(run: RLRun, deployment: DeploymentHandle) -> RolloutSampler:
 
 
 @recorded(deadline=lambda config: config.weight_sync.dcp_timeout + config.weight_sync.weight_sync_timeout, retried=True)
-def weight_sync(run: RLRun, progress: Progress) -> str:
+def weight_sync(run: Run, progress: Progress) -> str:
     """Save a sampler snapshot, hot load it, and prove that the deployment serves it; return its name.
 
     Raises:
@@ -67,7 +76,7 @@ def weight_sync(run: RLRun, progress: Progress) -> str:
         TrainerLost: the trainer's session is gone.
     """
     if run.sync is None:
-        raise WeightSyncError("there is no deployment to sync to yet: start_sampler comes first.")
+        raise WeightSyncError("there is no deployment to sync to yet: start_sync comes first.")
     result = run.sync.sync(f"step-{progress.step}", first=run.synced_step is None)
     run.synced_step = progress.step
     run.note({"sync/save_s": result.save_s, "sync/load_s": result.load_s, "sync/verify_s": result.verify_s})

@@ -119,7 +119,7 @@ def test_debug_shows_the_traceback(home, arguments):
 def test_an_unknown_recipe_names_the_known_ones(home):
     status, _, err = cookbook("run", "sftt")
     assert status == 2
-    assert "there is no recipe 'sftt'. Choose one of: sft, rl." in err
+    assert "there is no recipe 'sftt'. Choose one of: sft, rl, dpo, orpo." in err
 
 
 def test_a_wrong_config_imports_neither_prefect_nor_the_flow(home):
@@ -255,11 +255,26 @@ def test_preview_shows_a_row_of_a_procedural_task(home, model):
     assert (status, err) == (2, f"error: --row 2, but {task} has 2 rows. Give 0 to 1.\n")
 
 
-def test_example_writes_rows_for_sft_and_for_rl(home, tmp_path):
+def test_preview_shows_both_answers_of_a_pair_after_one_prompt(home, model, tmp_path):
+    question = {"role": "user", "content": "2+2"}
+    sides = {side: {"messages": [question, {"role": "assistant", "content": side}]} for side in ("chosen", "rejected")}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(sides) + "\n" + json.dumps({"chosen": sides["chosen"]}) + "\n")
+    asked = ("data", "preview", "rows.jsonl", "--model", str(model))
+    status, out, err = cookbook(*asked, "--max-seq-len", "10")
+    assert status == 0
+    assert out.count("2+2") == 1
+    assert "-- chosen:\n[[chosen<|im_end|>]]\n-- rejected:\n[[rejected<|im_end|>]]\n" in out
+    assert "dropped: " in err
+    status, out, err = cookbook(*asked, "--row", "1")
+    assert (status, out) == (2, "")
+    assert "row 1 of rows.jsonl is not a pair of answers in one form (keys: ['chosen'])" in err
+
+
+def test_example_writes_rows_for_every_recipe(home, tmp_path):
     status, out, _ = cookbook("data", "example", str(tmp_path / "rows"), "--train", "5", "--held-out", "3")
-    names = ["train.jsonl", "held_out.jsonl", "rl_train.jsonl", "rl_held_out.jsonl"]
+    names = [f"{prefix}{part}.jsonl" for prefix in ("", "rl_", "preference_") for part in ("train", "held_out")]
     assert (status, out.splitlines()) == (0, [str(tmp_path / "rows" / name) for name in names])
-    assert [len((tmp_path / "rows" / name).read_text().splitlines()) for name in names] == [5, 3, 5, 3]
+    assert [len((tmp_path / "rows" / name).read_text().splitlines()) for name in names] == [5, 3] * 3
 
 
 # checkpoints and runs -----------------------------------------------------------------------------------------------
@@ -278,8 +293,8 @@ def test_checkpoints_are_listed_with_what_can_be_done_with_them(stopped_run):
     status, out, _ = cookbook("checkpoints", "list", "run")
     assert status == 0
     header, line = out.splitlines()
-    assert header == "NAME    STEP  ROWS   RESUME FROM             PROMOTE"
-    assert line == "step-5  5     1,200  cross_job://job/step-5  -"
+    assert header == "NAME    STEP  ROWS   RESUMABLE  PROMOTABLE  SIZE  SAVED  ON BACKEND"
+    assert line == "step-5  5     1,200  yes        no          -     -      -"
     _, out, _ = cookbook("checkpoints", "list", "run", "--json")
     assert json.loads(out)[0]["state_path"] == "cross_job://job/step-5"
 

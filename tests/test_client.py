@@ -63,6 +63,21 @@ def test_forward_and_forward_backward_see_the_same_loss(client):
     assert client.forward(rows(), "cross_entropy").metrics["loss:sum"] < forward.metrics["loss:sum"]
 
 
+def test_forwards_in_flight_are_answered_in_any_order_of_asking(client):
+    alone = [client.forward(rows(seed), "cross_entropy").metrics["loss:sum"] for seed in range(3)]
+    first, refused, second, third = [
+        client.submit_forward(data, "cross_entropy") for data in (rows(0), bad_rows(), rows(1), rows(2))
+    ]
+    assert [sent.result(30).metrics["loss:sum"] for sent in (third, first, second)] == [alone[2], *alone[:2]]
+    with pytest.raises(RequestRejected, match="100000"):
+        refused.result(30)
+    late = client.submit_forward(rows(), "cross_entropy")
+    client.reconnect()
+    with pytest.raises(TrainerLost, match="a session that was given up: reconnected"):
+        late.result(30)
+    assert not client.is_lost
+
+
 def cross_entropy_here(data, logprobs):
     pairs = zip(data, logprobs, strict=True)
     loss = -sum((logprob * datum.loss_fn_inputs["weights"].to_torch()).sum() for datum, logprob in pairs)
@@ -347,6 +362,19 @@ def test_the_optimizer_step_is_submitted_before_the_gradient_is_waited_for(hosti
 
     hostile.behave["retrieve_future"] = answer_when_stepped
     assert client.train_step(rows(), "cross_entropy", ADAM).loss_sum == 1.0
+
+
+def test_a_submitted_forward_that_is_not_answered_loses_the_session_and_the_others_with_it(hostile, connect):
+    hostile.behave["retrieve_future"] = lambda body: (
+        hostile.hang(body) if "forward" in body["request_id"] else (200, hostile.results[body["request_id"]])
+    )
+    client = connect()
+    first, second = [client.submit_forward(rows(n), "cross_entropy") for n in range(2)]
+    with pytest.raises(TrainerLost, match=r"forward was not answered within 0.3 s"):
+        first.result(0.3)
+    with pytest.raises(TrainerLost, match="was given up: forward was not answered"):
+        second.result(30)
+    assert hostile.names().count("forward") == 2  # the second did not wait for the first
 
 
 def test_a_refused_gradient_whose_step_was_taken_loses_the_session(hostile, connect):

@@ -12,16 +12,24 @@ import pytest
 from fireworks.training.sdk import DeploymentConfig
 
 from cookbook import deployments
-from cookbook.config import RLConfig
+from cookbook.config import DeployConfig, DPOConfig, RLConfig
 from cookbook.control_plane import ControlPlane
 from cookbook.deadlines import Deadline
-from cookbook.deployments import attach_trainer, deployment_id_of, provision_deployment, release_deployments
-from cookbook.errors import ConfigError, LeaseLost, ProvisioningError
+from cookbook.deployments import (
+    attach_trainer,
+    deploy_model,
+    deployment_id_of,
+    provision_deployment,
+    release_deployments,
+    served_model,
+)
+from cookbook.errors import ConfigError, LeaseLost, ModelError, ProvisioningError
 from cookbook.ledger import ResourceLedger
 from cookbook.provisioning import TrainerHandle, provision_trainer
 from cookbook.run import RunDirectory
 from tests.hostile import HostileTrainer
 from tests.running_backend import MODEL
+from tests.tiny_model import make_tiny_adapter
 
 SHAPE = "accounts/local/deploymentShapes/cpu"
 QUICK = ["--compute-dtype=float32", "--threads=1"]
@@ -64,6 +72,7 @@ def test_the_id_is_of_model_run_and_generation():
     assert deployment_id_of("/models/x", "rl-1f2e3d4c", 2) == "x-rl-1f2e3d4c-g2"
     assert len(deployment_id_of("a" * 62 + "-b", "rl-1f2e3d4c", 12)) == 63
     assert deployment_id_of("/__/", "rl-1", 1) == "model-rl-1"
+    assert deployment_id_of("/models/x", "eval-1", 2, "against") == "x-eval-1-against-g2"
 
 
 def test_it_is_made_beside_its_trainer_and_found_again_whatever_happened_to_it(control, ledger, run):
@@ -165,6 +174,85 @@ def test_without_a_trainer_job_there_is_no_deployment(control, ledger, run, monk
     assert control.deployment(f"tiny-{run.run_id}") is None
 
 
+def test_dpo_has_a_deployment_of_its_trainer_too(control, ledger, run):
+    values = {"log_path": "unused", "base_model": "tiny", "dataset": "unused", "lora_rank": 4}
+    config = DPOConfig(**values, weight_sync={"weight_sync_interval": 1}, deployment={"deployment_extra_args": QUICK})
+    ledger.confirm(ledger.intend("trainer", "policy", 1, resource_id="the-trainer"))
+    deployment = provision(control, ledger, run, config, trainer=None)
+    resource = control.deployment(deployment.deployment_id)
+    assert resource["hotLoadTrainerJob"] == "accounts/local/rlorTrainerJobs/the-trainer"
+
+
+# -- any model, without a trainer --------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def adapter(backend):
+    return make_tiny_adapter(backend.home / "models" / "tiny-adapter", base=backend.home / "models" / "tiny")
+
+
+def deploy(control, ledger, run, model, role="deployment", **fields):
+    config = DeployConfig(**{"deployment_extra_args": QUICK, **fields})
+    return deploy_model(control, ledger, model, config, run_id=run.run_id, role=role, deadline=Deadline(60))
+
+
+def prompt_logprobs(control, deployment):
+    body = {"model": deployment.model, "prompt": [1, 2, 3], "max_tokens": 0, "echo": True, "logprobs": True}
+    with control.completions_client() as client:
+        answer = client.post("completions", json=body).raise_for_status().json()
+    return [entry["logprob"] for entry in answer["choices"][0]["logprobs"]["content"]]
+
+
+def test_a_model_and_an_adapter_of_it_are_served_side_by_side_and_found_again(control, ledger, run, adapter):
+    """In one test, as each start takes seconds."""
+    base = deploy(control, ledger, run, "tiny", "model")
+    tuned = deploy(control, ledger, run, str(adapter), "against")
+    assert base.deployment_id == f"tiny-{run.run_id}-model"
+    assert (base.model, base.base_model) == (f"accounts/local/deployments/{base.deployment_id}", MODEL)
+    assert tuned.base_model == "accounts/local/models/tiny-adapter"
+    assert prompt_logprobs(control, base) != prompt_logprobs(control, tuned)
+    resource = control.deployment(base.deployment_id)
+    assert (resource["hotLoadTrainerJob"], resource["enableHotLoad"], resource["minReplicaCount"]) == (None, False, 0)
+
+    assert deploy(control, ledger, run, MODEL, "model") == base
+    os.kill(control.deployment(base.deployment_id)["metadata"]["workerPid"], signal.SIGKILL)
+    again = deploy(control, ledger, run, "tiny", "model")
+    assert (again.deployment_id, again.generation) == (f"{base.deployment_id}-g2", 2)
+    assert deploy(control, ledger, run, "tiny-adapter", "against") == tuned
+
+    release_deployments(control, ledger)
+    assert [control.deployment(d.deployment_id) for d in (again, tuned)] == [None, None]
+    assert {record.state for record in ledger.all()} == {"freed"}
+
+
+def test_a_deployment_of_the_model_is_adopted_and_stays(control, ledger, run):
+    control.deployments.create_or_get(
+        DeploymentConfig("mine", MODEL, accelerator_type="CPU", min_replica_count=1, extra_args=QUICK)
+    )
+    try:
+        handle = deploy(control, ledger, run, "tiny", deployment_id="mine")
+        assert (handle.model, handle.adopted) == ("accounts/local/deployments/mine", True)
+        release_deployments(control, ledger)
+        assert control.deployment("mine")["state"] == "READY"
+    finally:
+        control.delete_deployment("mine")
+
+
+def test_a_model_that_cannot_be_served_is_refused_before_anything_is_made(control, ledger, run, tmp_path):
+    with pytest.raises(ModelError, match="no model 'nonsense'"):
+        deploy(control, ledger, run, "nonsense")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ModelError, match=r"has no config\.json"):
+        deploy(control, ledger, run, str(tmp_path / "empty"))
+    with ControlPlane("fireworks", control.base_url, "key", tmp_path) as cloud:
+        with pytest.raises(ConfigError, match=r"Set deployment\.deployment_shape"):
+            deploy(cloud, ledger, run, "accounts/a/models/m")
+        with pytest.raises(ConfigError, match="'tiny' is not a model resource"):
+            deploy(cloud, ledger, run, "tiny")
+    assert served_model("accounts/a/models/m", "fireworks", tmp_path) == "accounts/a/models/m"
+    assert ledger.all() == []
+
+
 # -- a backend that does not come to the point -------------------------------------------------------------------------
 
 
@@ -211,13 +299,12 @@ def test_a_control_plane_that_hangs_is_given_up_at_the_deadline(slow, slow_contr
     assert_late(slow_control, ledger, run, r"creating deployment .* no answer within 1 s")
 
 
-def test_a_deployment_that_answers_is_ready_whatever_its_state_says(slow, slow_control, ledger, run):
+def test_a_deployment_that_answers_is_ready_whatever_its_state_says(slow, slow_control, ledger, run, monkeypatch):
     show(slow, run, "CREATING", hotLoadTrainerJob=TRAINER.job_name)
     answers = iter([503, 200])
     slow.behave["completions"] = lambda body: (next(answers), {})
-    handle = deployments._own(
-        slow_control, ledger, config_of(), TRAINER, run.run_id, MODEL, Deadline(5)
-    )  # without attaching: this backend would never say READY
+    monkeypatch.setattr(deployments, "attach_trainer", lambda *_: None)  # this backend would never say READY
+    handle = provision(slow_control, ledger, run, timeout_s=5)
     assert handle.deployment_id == f"tiny-{run.run_id}"
 
 

@@ -8,18 +8,19 @@ import pytest
 from fireworks.training.sdk import AdamParams
 
 from cookbook.client import ReconnectableClient
-from cookbook.config import RLConfig
+from cookbook.config import DPOConfig, RLConfig
 from cookbook.control_plane import ControlPlane
 from cookbook.data.datums import datum_from_row
 from cookbook.deadlines import Deadline
-from cookbook.errors import RequestRejected, TrainerLost
+from cookbook.errors import LeaseLost, RequestRejected, TrainerLost
 from cookbook.ledger import ResourceLedger
-from cookbook.provisioning import provision_reference, provision_trainer
+from cookbook.provisioning import provision_reference, provision_trainer, release_reference
 from cookbook.reference import open_reference
 from cookbook.rollouts.records import Completion, PromptGroup
 from cookbook.run import RunDirectory
 
 QUICK = ["--compute-dtype=float32", "--threads=1"]
+FULL_SHAPE = "accounts/local/trainingShapes/cpu-full"
 FORWARD_SHAPE = "accounts/local/trainingShapes/cpu-forward"
 
 
@@ -45,6 +46,11 @@ def ledger(run):
 def config_of(infra=None, **fields):
     values = {"log_path": "unused", "base_model": "tiny", "dataset": "unused", "reward": "exact", "lora_rank": 4}
     return RLConfig(**{**values, **fields}, infra={"extra_args": QUICK, **(infra or {})})
+
+
+def dpo_config_of(infra=None, **fields):
+    values = {"log_path": "unused", "base_model": "tiny", "dataset": "unused", "lora_rank": 4}
+    return DPOConfig(**{**values, **fields}, infra={"extra_args": QUICK, **(infra or {})})
 
 
 def provisioned(control, ledger, config):
@@ -138,3 +144,59 @@ def test_without_a_kl_term_nothing_is_opened_or_provisioned(control, ledger):
     assert provision_reference(control, ledger, config_of(lora_rank=0), deadline=Deadline(5)) is None
     assert ledger.all() == []
     assert open_reference(control.jobs, without, None, None) is None
+
+
+def test_dpo_with_an_adapter_asks_the_base_under_it(control, ledger, run, trainer):
+    config = dpo_config_of()
+    assert provision_reference(control, ledger, config, deadline=Deadline(5)) is None
+    release_reference(control, ledger)  # there is none of its own
+    assert ledger.all() == []
+    policy = adopted_policy(control, ledger, trainer)
+    with open_reference(control.jobs, config, policy, None) as reference:
+        assert reference.job_id == trainer
+        np.testing.assert_allclose(as_lists(reference.logprobs(rows())), base_logprobs(control, policy, 4), atol=1e-5)
+
+
+def adopted_policy(control, ledger, trainer):
+    config = config_of(lora_rank=0, reference_job_id=trainer)
+    return provision_reference(control, ledger, config, deadline=Deadline(60))
+
+
+def test_the_reference_of_dpo_with_full_parameters_stands_where_the_policy_does(control, ledger, run):
+    """And is deleted alone, as often as asked; a later start gets the next one."""
+    config = dpo_config_of({"training_shape_id": FULL_SHAPE}, lora_rank=0)
+    policy, first = provisioned(control, ledger, config)
+    job = control.job(first.job_id)
+    assert job["trainingShape"].startswith(FULL_SHAPE)
+    assert job["forwardOnly"] is True
+    with open_reference(control.jobs, config, policy, first) as reference:
+        before = as_lists(reference.logprobs(rows()))
+        with pytest.raises(RequestRejected, match="only for forward"):
+            train(reference._client)
+    np.testing.assert_allclose(before, base_logprobs(control, policy, 0), atol=1e-5)
+
+    release_reference(control, ledger)
+    written = (run.path / "resources.jsonl").read_bytes()
+    release_reference(control, ledger)
+    assert (run.path / "resources.jsonl").read_bytes() == written
+    assert control.job(first.job_id)["state"] == "JOB_STATE_DELETED"
+    assert control.job(policy.job_id)["state"] == "JOB_STATE_RUNNING"
+    assert [(record.role, record.state) for record in ledger.all()] == [("policy", "confirmed"), ("reference", "freed")]
+
+    config = dpo_config_of({"training_shape_id": FULL_SHAPE, "ref_training_shape_id": FORWARD_SHAPE}, lora_rank=0)
+    second = provision_reference(control, ledger, config, deadline=Deadline(60))
+    assert second.job_id == f"{run.run_id}-reference-g2"
+    assert control.job(second.job_id)["trainingShape"].startswith(FORWARD_SHAPE)
+    ledger.intend("trainer", "reference", 2, "as a process does that dies before it can confirm it")
+    release_reference(control, ledger)
+    assert control.job(second.job_id)["state"] == "JOB_STATE_DELETED"
+    (run.path / ".lock").unlink()
+    with RunDirectory.open(run.path, recipe="rl", config={}, home=run.path.parent / "home"), pytest.raises(LeaseLost):
+        release_reference(control, ledger)
+
+
+def test_the_reference_of_dpo_without_a_shape_has_the_policys_hardware(control, ledger):
+    config = dpo_config_of({"accelerator_type": "CPU", "accelerator_count": 1}, lora_rank=0, max_seq_len=64)
+    trainer = provision_reference(control, ledger, config, deadline=Deadline(60))
+    assert trainer.max_context_length == 64
+    assert control.job(trainer.job_id)["forwardOnly"] is True

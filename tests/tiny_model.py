@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-__all__ = ["CHAT_TEMPLATE", "SPECIAL_TOKENS", "make_tiny_model"]
+__all__ = ["CHAT_TEMPLATE", "SPECIAL_TOKENS", "make_tiny_adapter", "make_tiny_model"]
 
 SPECIAL_TOKENS = ("<s>", "</s>", "<|im_start|>", "<|im_end|>")
 """bos, eos and the two ChatML marks, with ids 256 to 259; ids 0 to 255 are the bytes, in byte order."""
@@ -62,6 +62,26 @@ def make_tiny_model(
     folder.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(folder)
     _save_byte_tokenizer(folder)
+    return folder
+
+
+def make_tiny_adapter(folder: Path, *, base: Path, seed: int = 0) -> Path:
+    """Write a random LoRA adapter of rank 4 of the model in `base`, in PEFT layout, into `folder` and return it.
+
+    Its factors are both random, so that it changes what the model says.
+    """
+    import warnings
+
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    with torch.random.fork_rng(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)  # peft asks transformers for it
+        torch.manual_seed(seed)
+        model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
+    model.save_pretrained(folder)
     return folder
 
 

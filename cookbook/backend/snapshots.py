@@ -1,21 +1,25 @@
 """Snapshots on disk: a folder of files and a manifest with their sizes and hashes, complete or not there at all.
 
 A snapshot is written beside its final place, flushed, described by its manifest and renamed; nothing is overwritten.
-What the files hold (training state, sampler weights) is not known here.
+It is deleted the other way round, and only when no live process holds it. What the files hold (training state, sampler
+weights) is not known here.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import hashlib
 import os
 import re
+import secrets
 import shutil
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from types import TracebackType
+from typing import Any, Literal, Self
 
 import orjson
 
@@ -25,9 +29,13 @@ __all__ = [
     "MANIFEST_NAME",
     "FileEntry",
     "Manifest",
+    "SnapshotHold",
+    "SnapshotInUse",
     "SnapshotKind",
+    "delete_snapshot",
     "list_manifests",
     "load_manifest",
+    "remove_deleted",
     "remove_leftovers",
     "snapshot_dir",
     "verify",
@@ -40,6 +48,7 @@ MANIFEST_NAME = "manifest.json"
 _KINDS: tuple[SnapshotKind, ...] = ("state", "sampler")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
 _TEMPORARY_PREFIX = ".writing-"
+_DELETED_PREFIX = ".deleting-"
 
 
 @dataclass(frozen=True)
@@ -72,6 +81,48 @@ class Manifest:
     files: dict[str, FileEntry] = dataclasses.field(default_factory=dict)
     format_version: int = FORMAT_VERSION
 
+    @property
+    def size_bytes(self) -> int:
+        """Of all files, the manifest apart."""
+        return sum(entry.size for entry in self.files.values())
+
+
+class SnapshotInUse(CheckpointError):
+    """A snapshot that a live process holds, and that is therefore not deleted."""
+
+
+class SnapshotHold:
+    """Keeps a snapshot from being deleted until `close`, or until this process ends, however it dies.
+
+    Whoever reads or serves a snapshot holds it. Any number of processes may. A context manager.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """Hold it; waits while it is just being deleted, and then it is missing.
+
+        Raises:
+            CheckpointError: there is no such snapshot.
+        """
+        try:
+            self._descriptor: int | None = os.open(folder / MANIFEST_NAME, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            raise _missing(folder) from None
+        fcntl.flock(self._descriptor, fcntl.LOCK_SH)
+
+    def close(self) -> None:
+        """Let go of it."""
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
 
 def snapshot_dir(checkpoints_dir: Path, job_id: str, kind: SnapshotKind, name: str) -> Path:
     """The folder of one snapshot, which need not exist. CheckpointError when a part cannot be a folder name."""
@@ -90,7 +141,7 @@ def list_manifests(checkpoints_dir: Path, job_id: str) -> list[Manifest]:
     for kind in _KINDS:
         parent = snapshot_dir(checkpoints_dir, job_id, kind, "any").parent
         folders = sorted(parent.iterdir()) if parent.is_dir() else []
-        manifests += [load_manifest(folder) for folder in folders if _is_complete(folder)]
+        manifests += [manifest for folder in folders if (manifest := _manifest_if_complete(folder)) is not None]
     return sorted(manifests, key=lambda manifest: (manifest.created, manifest.name))
 
 
@@ -107,9 +158,7 @@ def load_manifest(folder: Path) -> Manifest:
             )
         return _manifest_from_json(fields)
     except FileNotFoundError:
-        raise CheckpointError(
-            f"no checkpoint {folder.name!r} at {folder}: {MANIFEST_NAME} is missing. Check the name and the job id."
-        ) from None
+        raise _missing(folder) from None
     except (orjson.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path} is damaged ({error!r}): use an older checkpoint.") from error
 
@@ -162,16 +211,76 @@ def write_snapshot(folder: Path, manifest_without_files: Manifest, write: Callab
     return manifest
 
 
+def delete_snapshot(folder: Path) -> None:
+    """Delete a snapshot that nobody holds. It is renamed first: others see it whole, or not at all.
+
+    Raises:
+        SnapshotInUse: a live process loads, serves or copies it.
+        CheckpointError: there is no such snapshot.
+        OSError: it cannot be renamed or not be deleted whole (`remove_deleted` tries the rest again).
+    """
+    try:
+        descriptor = os.open(folder / MANIFEST_NAME, os.O_RDWR | os.O_CLOEXEC)
+    except FileNotFoundError:
+        raise _missing(folder) from None
+    unnamed = folder.with_name(f"{_DELETED_PREFIX}{folder.name}-{secrets.token_hex(4)}")
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        folder.rename(unnamed)
+    except BlockingIOError:
+        raise SnapshotInUse(f"checkpoint {folder.name!r} is in use by a live process and was not deleted.") from None
+    except FileNotFoundError:
+        raise _missing(folder) from None
+    finally:
+        os.close(descriptor)
+    _fsync_folder(folder.parent)
+    _remove(unnamed)
+
+
+def remove_deleted(checkpoints_dir: Path, job_id: str) -> None:
+    """Delete what `delete_snapshot` renamed and, killed, did not delete. Any process may do that at any time.
+
+    Raises:
+        OSError: some of it cannot be deleted.
+    """
+    for unnamed in _leftovers(checkpoints_dir, job_id, _DELETED_PREFIX):
+        _remove(unnamed)
+
+
 def remove_leftovers(checkpoints_dir: Path, job_id: str) -> None:
     """Delete what a killed writer of this job left half-written. Only for the process that alone writes for the job."""
-    for kind in _KINDS:
-        parent = snapshot_dir(checkpoints_dir, job_id, kind, "any").parent
-        for temporary in parent.glob(f"{_TEMPORARY_PREFIX}*"):
-            shutil.rmtree(temporary, ignore_errors=True)
+    for temporary in _leftovers(checkpoints_dir, job_id, _TEMPORARY_PREFIX):
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _is_complete(folder: Path) -> bool:
-    return not folder.name.startswith(_TEMPORARY_PREFIX) and (folder / MANIFEST_NAME).is_file()
+def _leftovers(checkpoints_dir: Path, job_id: str, prefix: str) -> list[Path]:
+    parents = [snapshot_dir(checkpoints_dir, job_id, kind, "any").parent for kind in _KINDS]
+    return [folder for parent in parents for folder in parent.glob(f"{prefix}*")]
+
+
+def _remove(folder: Path) -> None:
+    """Delete a folder that another process may be deleting too."""
+    shutil.rmtree(folder, ignore_errors=True)
+    if folder.exists():
+        shutil.rmtree(folder)  # for its error
+
+
+def _manifest_if_complete(folder: Path) -> Manifest | None:
+    """None for what is being written or deleted, which begins with a dot, and for what was deleted this very moment."""
+    if folder.name.startswith(".") or not (folder / MANIFEST_NAME).is_file():
+        return None
+    try:
+        return load_manifest(folder)
+    except CheckpointError:
+        if folder.exists():
+            raise
+        return None
+
+
+def _missing(folder: Path) -> CheckpointError:
+    return CheckpointError(
+        f"no checkpoint {folder.name!r} at {folder}: {MANIFEST_NAME} is missing. Check the name and the job id."
+    )
 
 
 def _refuse_taken(folder: Path) -> None:

@@ -1,8 +1,8 @@
 """The `cookbook` command: its groups, its options, and how errors leave it.
 
 Exit status: 0 = well, 1 = a run or a service failed, 2 = the config, the data or the command line is wrong,
-130 = Ctrl-C. One file for each group of commands. Heavy imports (torch, transformers, the flows with Prefect) happen
-inside the commands that need them, so that help and errors are there at once.
+130 = Ctrl-C, 143 = SIGTERM. One file for each group of commands. Heavy imports (torch, transformers, the flows with
+Prefect) happen inside the commands that need them, so that help and errors are there at once.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from typing import Annotated
 
 import typer
 
-from cookbook.cli import backend, checkpoints, data, doctor, models, run, runs
+from cookbook.cli import backend, chat, checkpoints, data, doctor, export, models, run, runs, serve
+from cookbook.cli import eval as evaluation
 from cookbook.cli.output import ErrorGroup
 
 __all__ = ["app", "main"]
@@ -26,6 +27,10 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("run")(run.run)
+app.command("eval")(evaluation.evaluate)
+app.command("chat")(chat.chat)
+app.command("serve")(serve.serve)
+app.command("export")(export.export)
 app.command("doctor")(doctor.doctor)
 app.add_typer(models.app, name="models")
 app.add_typer(data.app, name="data")

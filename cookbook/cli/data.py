@@ -22,7 +22,9 @@ app = typer.Typer(help="Training data.", no_args_is_help=True)
 
 @app.command("preview")
 def preview(
-    file: Annotated[Path, typer.Argument(help="JSONL file with chat rows, or for RL also reasoning_gym:NAME.")],
+    file: Annotated[
+        Path, typer.Argument(help="JSONL file with chat rows or pairs, or for RL also reasoning_gym:NAME.")
+    ],
     model: Annotated[
         str, typer.Option(help="Model whose tokenizer and chat template are used: a name or a folder.")
     ] = "smollm2-135m-instruct",
@@ -40,12 +42,17 @@ def preview(
     completion: Annotated[str, typer.Option(help="RL: text that --reward scores.")] = "",
     home: HomeOption = None,
 ) -> None:
-    """Show a row's text with the trained tokens marked, or with --rl a prompt and what a reward gives to an answer."""
+    """Show a row's text with the trained tokens marked: of a conversation, or of both answers of a pair.
+
+    With --rl: a prompt, and what a reward gives to an answer.
+    """
     from rich.console import Console
 
     from cookbook.config import TRAIN_ON_WHAT
     from cookbook.data import JsonlFile, Renderer
     from cookbook.data import preview as preview_text
+    from cookbook.data.pairs import is_pair, render_pair
+    from cookbook.data.preview import preview_pair
     from cookbook.models import load_tokenizer
 
     if rl or reward is not None:
@@ -54,10 +61,16 @@ def preview(
     rows = JsonlFile.open(file)
     _check_row(row, len(rows), str(file))
     tokenizer = load_tokenizer(model, home_folder(home) / "models")
-    rendered = Renderer(tokenizer, train_on_what or TRAIN_ON_WHAT[0]).render(rows[row], f"row {row} of {file}")
-    Console(highlight=False, soft_wrap=True).print(preview_text(rendered, tokenizer))
-    if max_seq_len is not None and len(rendered.tokens) > max_seq_len:
-        note(f"dropped: {len(rendered.tokens):,} tokens are more than --max-seq-len {max_seq_len:,}")
+    renderer, where = Renderer(tokenizer, train_on_what or TRAIN_ON_WHAT[0]), f"row {row} of {file}"
+    if is_pair(rows[row]):
+        pair = render_pair(rows[row], renderer, where)
+        text, length = preview_pair(pair, tokenizer), max(len(pair.chosen.tokens), len(pair.rejected.tokens))
+    else:
+        rendered = renderer.render(rows[row], where)
+        text, length = preview_text(rendered, tokenizer), len(rendered.tokens)
+    Console(highlight=False, soft_wrap=True).print(text)
+    if max_seq_len is not None and length > max_seq_len:
+        note(f"dropped: {length:,} tokens are more than --max-seq-len {max_seq_len:,}")
 
 
 def _preview_prompt(
@@ -102,14 +115,14 @@ def _check_row(row: int, num_rows: int, source: str) -> None:
 
 @app.command("example")
 def example(
-    folder: Annotated[Path, typer.Argument(help="Where {,rl_}train.jsonl and {,rl_}held_out.jsonl are written.")],
+    folder: Annotated[Path, typer.Argument(help="Where {,rl_,preference_}{train,held_out}.jsonl are written.")],
     train: Annotated[int, typer.Option(min=1, help="Training rows.")] = 1600,
     held_out: Annotated[int, typer.Option(min=1, help="Held-out rows; none of them is a training row.")] = 200,
     seed: Annotated[int, typer.Option(help="The same seed writes the same rows.")] = 0,
 ) -> None:
-    """Write rows of two tasks with numbers whose answers can be checked, one for SFT and one for RL (rl_*.jsonl)."""
-    from cookbook.data import make_rl_task, make_task
+    """Write rows whose answers can be checked: for SFT, for RL (rl_*) and for DPO and ORPO (preference_*)."""
+    from cookbook.data import make_preference_task, make_rl_task, make_task
 
-    for make in (make_task, make_rl_task):
+    for make in (make_task, make_rl_task, make_preference_task):
         for path in make(folder, num_train=train, num_held_out=held_out, seed=seed):
             typer.echo(path)

@@ -48,3 +48,19 @@ def list_(home: HomeOption = None, as_json: JsonOption = False) -> None:
         note("no models on this machine")
     for name in absent:
         note(f"to pull: `cookbook models pull {name}` ({CATALOGUE[name].download_mb} MB, {CATALOGUE[name].licence})")
+
+
+@app.command()
+def card(
+    model: Annotated[str, typer.Argument(help="Name of the model, its folder, or a run directory (its model).")],
+    home: HomeOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show a model's card: what it was made from, how, with which data, and what may be done with it."""
+    from cookbook.models.export import card_of
+
+    provenance, text = card_of(model, home_folder(home))
+    if as_json:
+        print_json(provenance.to_dict())
+    else:
+        typer.echo(text, nl=False)

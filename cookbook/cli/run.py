@@ -16,15 +16,16 @@ from cookbook.errors import ConfigError, CookbookError, Problem
 
 if TYPE_CHECKING:
     from cookbook.config import RecipeConfig
+    from cookbook.evaluation_config import EvaluationConfig
 
-__all__ = ["run"]
+__all__ = ["run", "run_flow"]
 
 ENTRY_POINTS = "cookbook.recipes"
 
 
 def run(
     ctx: typer.Context,
-    recipe: Annotated[str, typer.Argument(help="Name of the recipe: sft or rl.")],
+    recipe: Annotated[str, typer.Argument(help="Name of the recipe: sft, rl, dpo or orpo.")],
     config: Annotated[Path | None, typer.Option("--config", "-c", help="YAML file with the config.")] = None,
     sets: Annotated[
         list[str] | None,
@@ -52,7 +53,7 @@ def run(
     overrides = {"log_path": str(log_path)} if log_path is not None else {}
     loaded = load_config(_config_class(recipe), file=config, sets=sets or [], overrides=overrides)
     with redirect_stdout(sys.stderr):  # whatever a library prints, stdout has the result only
-        summary = _run_flow(recipe, loaded, debug=ctx.meta[DEBUG])
+        summary = run_flow(recipe, loaded, debug=ctx.meta[DEBUG])
     if as_json:
         print_json(summary.to_dict())
     else:
@@ -68,8 +69,8 @@ def _config_class(recipe: str) -> type[RecipeConfig]:
     return RECIPE_CONFIGS[recipe]
 
 
-def _run_flow(recipe: str, config: RecipeConfig, *, debug: bool) -> Any:
-    """The summary of the recipe's flow.
+def run_flow(name: str, config: RecipeConfig | EvaluationConfig, *, debug: bool, group: str = ENTRY_POINTS) -> Any:
+    """What the flow gives that is installed under `name` in this group of entry points.
 
     Raises:
         KeyboardInterrupt: on Ctrl-C; its message says how to go on.
@@ -78,13 +79,13 @@ def _run_flow(recipe: str, config: RecipeConfig, *, debug: bool) -> Any:
     from cookbook.config import set_prefect_defaults
 
     set_prefect_defaults()
-    flow = _flow(recipe)
+    flow = _flow(name, group)
     if not debug:
         _show_what_matters()
     try:
         return flow(config)
     except KeyboardInterrupt as error:
-        raise KeyboardInterrupt(_how_to_go_on(config)) from error
+        raise KeyboardInterrupt(_how_to_go_on(config.log_path)) from error
     except CookbookError:
         raise
     except Exception as error:
@@ -94,23 +95,23 @@ def _run_flow(recipe: str, config: RecipeConfig, *, debug: bool) -> Any:
         raise typer.Exit(EXIT_FAILED) from error
 
 
-def _flow(recipe: str) -> Any:
+def _flow(name: str, group: str) -> Any:
     from importlib import metadata
 
-    found = [point for point in metadata.entry_points(group=ENTRY_POINTS) if point.name == recipe]
+    found = [point for point in metadata.entry_points(group=group) if point.name == name]
     if not found:
         remedy = "Install the project: `pip install -e .` in its folder."
-        raise ConfigError([Problem("recipe", f"the flow of {recipe!r} is not installed.", remedy)])
+        raise ConfigError([Problem("recipe", f"the flow of {name!r} is not installed.", remedy)])
     return found[0].load()
 
 
-def _how_to_go_on(config: RecipeConfig) -> str:
+def _how_to_go_on(log_path: str) -> str:
     from cookbook.checkpoints import last_commit
 
-    commit = last_commit(config.log_path)
+    commit = last_commit(log_path)
     if commit is None:
         return "Interrupted. No checkpoint was saved yet: the same command starts this run over."
-    return f"Interrupted. The same command goes on from checkpoint {commit.name} in {config.log_path}."
+    return f"Interrupted. The same command goes on from checkpoint {commit.name} in {log_path}."
 
 
 class _WithoutTraceback(logging.Formatter):

@@ -56,6 +56,10 @@ def show(
         from cookbook.summary import RunSummary
 
         typer.echo(RunSummary.from_dict(summary).to_text())
+    if details["evaluation"] is not None:
+        from cookbook.evaluation.report import EvaluationReport
+
+        typer.echo(EvaluationReport.from_dict(details["evaluation"]).to_text())
 
 
 def _find(run_id: str, runs: list[RunRecord]) -> RunRecord:
@@ -70,10 +74,12 @@ def _find(run_id: str, runs: list[RunRecord]) -> RunRecord:
 def _details(run: RunRecord) -> dict[str, Any]:
     from cookbook.checkpoints import read_checkpoints
     from cookbook.files import read_json
+    from cookbook.run import EVALUATION_FILE
 
     commits = read_checkpoints(run.path) if run.path.is_dir() else []
     return {
         **asdict(run),
         "last_checkpoint": asdict(commits[-1]) if commits else None,
         "summary": read_json(run.path / "summary.json"),
+        "evaluation": read_json(run.path / EVALUATION_FILE),
     }

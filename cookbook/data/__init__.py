@@ -6,10 +6,12 @@ Importing this needs numpy only; a tokenizer is given by the caller (cookbook.mo
 from cookbook.data.dataset import Batch, SFTDataset
 from cookbook.data.epochs import START, EpochPlan, Position
 from cookbook.data.jsonl import JsonlFile
-from cookbook.data.preflight import PreflightReport, TokenQuantiles, preflight_report
+from cookbook.data.pairs import RenderedPair, render_pair
+from cookbook.data.preflight import PreflightReport, preflight_report
 from cookbook.data.preview import preview
-from cookbook.data.procedural import make_rl_task, make_task
+from cookbook.data.procedural import make_preference_task, make_rl_task, make_task
 from cookbook.data.rendering import TRAIN_ON_WHAT, RenderedRow, Renderer
+from cookbook.data.report import TokenQuantiles
 
 __all__ = [
     "START",
@@ -19,12 +21,15 @@ __all__ = [
     "JsonlFile",
     "Position",
     "PreflightReport",
+    "RenderedPair",
     "RenderedRow",
     "Renderer",
     "SFTDataset",
     "TokenQuantiles",
+    "make_preference_task",
     "make_rl_task",
     "make_task",
     "preflight_report",
     "preview",
+    "render_pair",
 ]

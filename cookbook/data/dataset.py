@@ -9,11 +9,12 @@ import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from cookbook.data.counts import MAX_NAMED_ROWS, PROGRESS_ROWS, invalid_rows, load_counts, write_counts
+from cookbook.data.counts import MAX_NAMED_ROWS, cached_counts
 from cookbook.data.epochs import START, EpochPlan, Position
 from cookbook.data.jsonl import JsonlFile
 from cookbook.data.rendering import RenderedRow, Renderer
@@ -79,10 +80,12 @@ class SFTDataset:
         file = JsonlFile.open(path)
         num_rows = len(file) if max_examples is None else min(max_examples, len(file))
         key = hashlib.sha256(f"{file.fingerprint}/{renderer.fingerprint}/{num_rows}".encode()).hexdigest()[:20]
-        counts = load_counts(cache_dir / f"rows-{key}.npy", (2, num_rows), np.int32)
-        if counts is None:
-            counts = _count_rows(file, renderer, num_rows, progress)
-            write_counts(cache_dir / f"rows-{key}.npy", counts)
+
+        def count(ordinal: int, row: dict[str, Any]) -> tuple[int, int]:
+            rendered = renderer.render(row, file.where(ordinal))
+            return len(rendered.tokens), rendered.num_trained
+
+        counts = cached_counts(cache_dir / f"rows-{key}.npy", file, count, (2, num_rows), np.int32, progress)
         kept = np.flatnonzero(counts[0] <= max_seq_len)
         if len(kept) == 0:
             raise DataError(
@@ -129,27 +132,3 @@ class SFTDataset:
     def rows(self) -> Iterator[RenderedRow]:
         """The kept rows in file order, rendered one by one; for evaluation."""
         return (self.render(int(ordinal)) for ordinal in self.kept)
-
-
-def _count_rows(
-    file: JsonlFile, renderer: Renderer, num_rows: int, progress: Callable[[int, int], None] | None
-) -> NDArray[np.int32]:
-    """int32 (2, rows): render every row once for its length and trained tokens; all invalid rows in one error."""
-    counts = np.zeros((2, num_rows), np.int32)
-    problems: list[str] = []
-    num_problems = 0
-    for ordinal, row in file.rows(num_rows):
-        try:
-            if isinstance(row, DataError):
-                raise row
-            rendered = renderer.render(row, file.where(ordinal))
-            counts[:, ordinal] = len(rendered.tokens), rendered.num_trained
-        except DataError as error:
-            num_problems += 1
-            if len(problems) < MAX_NAMED_ROWS:
-                problems.append(str(error))
-        if progress is not None and (ordinal + 1) % PROGRESS_ROWS == 0:
-            progress(ordinal + 1, num_rows)
-    if num_problems:
-        raise DataError(invalid_rows(file, problems, num_problems, num_rows))
-    return counts

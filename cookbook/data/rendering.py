@@ -7,6 +7,8 @@ conversation up to it, never by knowing the format. Nothing is guessed: what can
 from __future__ import annotations
 
 import functools
+import threading
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -25,6 +27,9 @@ __all__ = ["RENDERERS", "TRAIN_ON_WHAT", "RenderedRow", "Renderer"]
 
 TRAIN_ON_WHAT = ("all_assistant_messages", "last_assistant_message", "all_messages")
 RENDERERS = ("chat_template",)
+
+_LOCKS: weakref.WeakKeyDictionary[PreTrainedTokenizerBase, threading.Lock] = weakref.WeakKeyDictionary()
+"""One for each tokenizer: its settings change while it encodes, so two threads must not use it at once."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,7 +72,7 @@ class Renderer:
     Trained of a message: its content and the token that ends its turn. Never trained: headers such as
     `<|im_start|>assistant`, a system prompt that the template adds itself, and white space after the end-of-turn token
     (the sampler has stopped by then). `train_on_what` chooses the messages; a message's own `"weight": 0` or `1`
-    overrides the choice for it.
+    overrides the choice for it. Several threads may render at once, also with two renderers of one tokenizer.
 
     Raises:
         DataError: unknown `train_on_what` or `renderer_name`.
@@ -116,10 +121,11 @@ class Renderer:
         trained = [index for index in range(len(messages)) if is_trained(messages, index, self.train_on_what)]
         if not trained:
             raise DataError(_nothing_trained(messages, where, self.train_on_what))
-        template = self.template
-        text = template.render(messages, tools, where)
-        spans = [template.find_span(text, messages, index, tools, where) for index in trained]
-        rendered = _tokenize(self.tokenizer, text, spans, where)
+        with self._lock:
+            template = self.template
+            text = template.render(messages, tools, where)
+            spans = [template.find_span(text, messages, index, tools, where) for index in trained]
+            rendered = _tokenize(self.tokenizer, text, spans, where)
         if rendered.num_trained == 0:
             raise DataError(f"{where} has no trained token: the trained message renders to nothing. Remove the row.")
         return rendered
@@ -133,8 +139,13 @@ class Renderer:
             DataError: as `render`.
         """
         checked = check_messages({"messages": list(messages), "tools": tools}, where)
-        text = self.template.render(checked, tools, where, add_generation_prompt=True)
-        return np.asarray(_encode(self.tokenizer, text), np.int32)
+        with self._lock:
+            text = self.template.render(checked, tools, where, add_generation_prompt=True)
+            return np.asarray(_encode(self.tokenizer, text), np.int32)
+
+    @property
+    def _lock(self) -> threading.Lock:
+        return _LOCKS.setdefault(self.tokenizer, threading.Lock())
 
 
 def _nothing_trained(messages: Messages, where: str, train_on_what: str) -> str:

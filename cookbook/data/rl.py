@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from cookbook.config import RLConfig
 from cookbook.data.context import context_limit
-from cookbook.data.counts import MAX_NAMED_ROWS, PROGRESS_ROWS, invalid_rows, load_counts, write_counts
+from cookbook.data.counts import MAX_NAMED_ROWS, cached_counts
 from cookbook.data.epochs import EpochPlan
 from cookbook.data.jsonl import JsonlFile
 from cookbook.data.messages import check_messages
@@ -103,11 +103,16 @@ class RLDataset:
         file = open_rows(source, cache_dir, max_rows=max_rows, default_seed=default_seed)
         num_rows = len(file) if max_rows is None else min(max_rows, len(file))
         parts = ("rl-1", file.fingerprint, renderer.fingerprint, num_rows, reward.name)
+
+        def count(index: int, fields: dict[str, Any]) -> tuple[int, int]:
+            row = RLRow.of(index, fields, renderer, file.where(index))
+            problem = reward.check(fields) if reward.check is not None else None
+            if problem is not None:
+                raise DataError(f"{row.where} {problem}")
+            return len(row.prompt_tokens), _prompt_digest(row.prompt_tokens)
+
         path = cache_dir / f"prompts-{_digest(parts)}.npy"
-        counts = load_counts(path, (2, num_rows), np.int64)
-        if counts is None:
-            counts = _count_prompts(file, renderer, reward, num_rows, progress)
-            write_counts(path, counts)
+        counts = cached_counts(path, file, count, (2, num_rows), np.int64, progress)
         kept = np.flatnonzero(counts[0] <= max_prompt_tokens)
         if len(kept) == 0:
             raise DataError(
@@ -296,37 +301,6 @@ def open_rows(source: str, cache_dir: Path, *, max_rows: int | None = None, defa
 
 def _digest(parts: Sequence[object]) -> str:
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:20]
-
-
-def _count_prompts(
-    file: JsonlFile,
-    renderer: Renderer,
-    reward: LoadedReward,
-    num_rows: int,
-    progress: Callable[[int, int], None] | None,
-) -> NDArray[np.int64]:
-    """int64 (2, rows), lengths and digests: render every prompt once; all invalid rows in one error."""
-    counts = np.zeros((2, num_rows), np.int64)
-    problems: list[str] = []
-    num_problems = 0
-    for index, fields in file.rows(num_rows):
-        try:
-            if isinstance(fields, DataError):
-                raise fields
-            row = RLRow.of(index, fields, renderer, file.where(index))
-            problem = reward.check(fields) if reward.check is not None else None
-            if problem is not None:
-                raise DataError(f"{row.where} {problem}")
-            counts[:, index] = len(row.prompt_tokens), _prompt_digest(row.prompt_tokens)
-        except DataError as error:
-            num_problems += 1
-            if len(problems) < MAX_NAMED_ROWS:
-                problems.append(str(error))
-        if progress is not None and (index + 1) % PROGRESS_ROWS == 0:
-            progress(index + 1, num_rows)
-    if num_problems:
-        raise DataError(invalid_rows(file, problems, num_problems, num_rows))
-    return counts
 
 
 def _prompt_digest(tokens: Sequence[int]) -> int:

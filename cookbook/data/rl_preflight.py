@@ -9,29 +9,20 @@ from typing import TYPE_CHECKING, Any
 
 from cookbook.config import RLConfig
 from cookbook.data.epochs import EpochPlan
-from cookbook.data.preflight import TokenQuantiles, plural, table_markdown, table_text
+from cookbook.data.report import NO_RESUME_POINT, Report, TokenQuantiles, plural
 
 if TYPE_CHECKING:
     from cookbook.data.rl import RLDataset
 
 __all__ = ["RLPreflightReport", "rl_preflight_report"]
 
-_DROPPED_WARNING_SHARE = 0.05
-
 
 @dataclass(frozen=True)
-class RLPreflightReport:
-    """A run in numbers. `to_text` for a terminal, `to_markdown` for a web page, `to_dict` for a record."""
+class RLPreflightReport(Report):
+    """An RL run in numbers."""
 
-    dataset: str
     rows_in_file: int
-    rows: int
-    """The first so many of them, by max_rows."""
-    kept: int
-    dropped: dict[str, int]
-    """Rows by reason, e.g. {"prompt longer than 7,168 tokens": 3}."""
-    dropped_examples: tuple[tuple[int, int], ...]
-    """The first dropped rows as (row in the file, tokens of its prompt)."""
+    """Of them, `rows` are considered, by max_rows."""
     prompt_tokens: TokenQuantiles
     """Of the kept rows."""
     max_completion_tokens: int
@@ -50,7 +41,6 @@ class RLPreflightReport:
     """0 = no evaluation."""
     evaluation_rows_trained: int
     """Held-out rows whose prompt is also a training prompt."""
-    warnings: tuple[str, ...]
 
     @property
     def max_completions(self) -> int:
@@ -64,31 +54,20 @@ class RLPreflightReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers, strings, lists and dicts."""
-        return dataclasses.asdict(self) | {
+        return super().to_dict() | {
             "max_completions": self.max_completions,
             "max_resume_points": self.max_resume_points,
-            "dropped_examples": [list(example) for example in self.dropped_examples],
-            "warnings": list(self.warnings),
         }
 
-    def to_text(self) -> str:
-        """Aligned lines for a terminal."""
-        return table_text(self._table(), self.warnings)
-
-    def to_markdown(self) -> str:
-        """A table and the warnings, for a Prefect artifact."""
-        return table_markdown(self._table(), self.warnings)
-
     def _table(self) -> list[tuple[str, str]]:
-        tokens = self.prompt_tokens
         return [
             ("data set", self.dataset),
             (
                 "rows",
                 f"{self.rows:,} of {self.rows_in_file:,} read, {self.kept:,} kept, {self.rows - self.kept:,} dropped",
             ),
-            *(("dropped", f"{count:,} {reason}{self._named()}") for reason, count in self.dropped.items() if count),
-            ("prompt tokens", f"{tokens.min:,} min, {tokens.p50:,} median, {tokens.p90:,} p90, {tokens.max:,} max"),
+            *self._dropped_lines(),
+            ("prompt tokens", str(self.prompt_tokens)),
             ("completions", self._completions_text()),
             ("reward", self.reward),
             ("steps", self._steps_text()),
@@ -106,11 +85,6 @@ class RLPreflightReport:
     def _steps_text(self) -> str:
         groups = plural(self.prompt_groups_per_step, "prompt group")
         return f"up to {self.max_steps:,} in {plural(self.epochs, 'epoch')}, {groups} a step"
-
-    def _named(self) -> str:
-        names = ", ".join(f"row {index} ({tokens:,})" for index, tokens in self.dropped_examples)
-        more = self.rows - self.kept - len(self.dropped_examples)
-        return f": {names}" + (f" and {more:,} more" if more else "")
 
     @staticmethod
     def _interval_text(interval: int, never: str) -> str:
@@ -157,11 +131,8 @@ def _warnings(report: RLPreflightReport, train: RLDataset, held_out: RLDataset |
     if report.weight_sync_interval == 0:
         warnings.append("the sampler never gets the trained weights: weight_sync.weight_sync_interval is 0.")
     if report.max_resume_points == 0:
-        warnings.append("a run that dies starts over: set weight_sync.dcp_save_interval to save resume points.")
-    num_dropped = report.rows - report.kept
-    if num_dropped > _DROPPED_WARNING_SHARE * report.rows:
-        share = f"{num_dropped / report.rows:.0%}"
-        warnings.append(f"{share} of the rows are dropped: lower max_completion_tokens or shorten the prompts.")
+        warnings.append(NO_RESUME_POINT)
+    warnings += report.dropped_warnings("lower max_completion_tokens or shorten the prompts")
     if report.prompt_groups_per_step > report.kept * report.epochs:
         groups = f"prompt_groups_per_step {report.prompt_groups_per_step:,}"
         warnings.append(f"{groups} is above the {report.kept * report.epochs:,} rows of the run: there is one step.")

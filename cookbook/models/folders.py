@@ -84,8 +84,9 @@ def read_model_folder(path: Path) -> ModelFolder:
     )
 
 
-def resolve_model(name: str, models_dir: Path) -> Path:
-    """The folder of the model that `name` stands for: config.json plus safetensors weights.
+def resolve_model(name: str, models_dir: Path, *, adapters: bool = False) -> Path:
+    """The folder of the model that `name` stands for: config.json plus safetensors weights. With `adapters`, a LoRA
+    adapter does too: it can be served, but not trained from.
 
     Tried in this order: a name below `models_dir` (pulled or promoted), `accounts/local/models/<id>`, a folder on
     disk, a hub name `organization/model` (from the local hub cache, else downloaded).
@@ -94,7 +95,8 @@ def resolve_model(name: str, models_dir: Path) -> Path:
         ModelError: nothing answers to the name, or the folder cannot be trained; says what exists and what to do.
     """
     folder = find_folder(name, models_dir, hub_patterns=(*CONFIG_PATTERNS, *TOKENIZER_PATTERNS, *WEIGHT_PATTERNS))
-    check_model_folder(folder)
+    if not (adapters and (folder / "adapter_config.json").is_file()):
+        check_model_folder(folder)
     return folder.resolve()
 
 

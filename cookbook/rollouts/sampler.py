@@ -11,7 +11,7 @@ import random
 import re
 import threading
 import time
-from collections.abc import Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -262,14 +262,41 @@ class RolloutSampler:
         Raises:
             SamplingError: all attempts failed, the deployment refused the request, or the answer lacks logprobs.
         """
+        return await self._retried(
+            lambda: self._request(
+                prompt_tokens, max_tokens, temperature, list(stop) if stop else None, seed, cache_key
+            ),
+            lambda result: _checked(result, version, where),
+            where,
+        )
+
+    async def token_logprobs(self, tokens: Sequence[int], *, where: str = "a row") -> tuple[float, ...]:
+        """Logprob in nats of each of N tokens but the first, given all tokens before it; N-1 values. Nothing is kept.
+
+        To be awaited on the sampler's loop (`run`). One token is sampled after them and dropped, as some deployments
+        sample at least one: N must be below the context length.
+
+        Raises:
+            SamplingError: as `complete`.
+        """
+        return await self._retried(
+            lambda: self._request(tokens, 1, 1.0, None, 0, None, echo=True),
+            lambda result: _echoed_logprobs(result, len(tokens), where),
+            where,
+        )
+
+    async def _retried(
+        self,
+        request: Callable[[], Coroutine[Any, Any, SampledRequestResult]],
+        check: Callable[[SampledRequestResult], T],
+        where: str,
+    ) -> T:
+        """Send a request, and read its answer with `check`; again where that may help."""
         started = time.monotonic()
         pauses = self._retry.delays()
         for attempt in range(1, self._retry.attempts + 1):
             try:
-                result = await self._request(
-                    prompt_tokens, max_tokens, temperature, list(stop) if stop else None, seed, cache_key
-                )
-                return _checked(result, version, where)
+                return check(await request())
             except Exception as error:
                 permanent = not _is_transient(error)
                 if isinstance(error, SamplingError) and permanent:
@@ -291,6 +318,8 @@ class RolloutSampler:
         stop: list[str] | None,
         seed: int,
         cache_key: str | None,
+        *,
+        echo: bool = False,
     ) -> SampledRequestResult:
         return await self._sdk.sample_with_prompt_tokens_result(
             list(prompt_tokens),
@@ -303,6 +332,7 @@ class RolloutSampler:
             http_timeout=self._timeout_s,
             hotload_retry_interval=_HOT_LOAD_POLL_S,
             hotload_max_retries=_HOT_LOAD_POLLS,
+            **({"echo": True} if echo else {}),
         )
 
     def _failure(self, where: str, attempts: int, error: Exception) -> str:
@@ -373,6 +403,17 @@ def _checked(result: SampledRequestResult, synced: str, where: str) -> Sampled:
         text=completion.text,
         version=version,
     )
+
+
+def _echoed_logprobs(result: SampledRequestResult, num_tokens: int, where: str) -> tuple[float, ...]:
+    """The logprobs of an echoed prompt of N tokens, less the first one, which has none: (N-1,).
+
+    Raises:
+        SamplingError: it lacks some.
+    """
+    completion: SampledCompletion = result.completions[0]
+    values = list(completion.inference_logprobs or [])[: num_tokens - 1]
+    return _aligned(values, num_tokens - 1, "logprob", where)
 
 
 def _aligned(values: Sequence[float | None], count: int, name: str, where: str) -> tuple[float, ...]:

@@ -7,7 +7,7 @@ machine. Keys are never in a config. W&B being out of reach never ends a run: me
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -96,13 +96,27 @@ class WandbSink(Sink):
             self._run = None
 
     def finish(self, outcome: Outcome) -> None:
+        failed = isinstance(outcome, BaseException)
+        self.end({} if isinstance(outcome, BaseException) else outcome.evaluation, failed=failed)
+
+    def log_table(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Show rows, which all have the same keys, as a table."""
+        if self._run is None or not rows:
+            return
+        columns = list(rows[0])
+        try:
+            table = self._wandb.Table(columns=columns, data=[[row[column] for column in columns] for row in rows])
+            self._run.log({name: table})
+        except (self._wandb.errors.Error, OSError) as error:
+            logger.warning("W&B has no table %s: %s", name, error)
+
+    def end(self, evaluation: Mapping[str, Mapping[str, float]], *, failed: bool) -> None:
+        """Put held-out numbers, by when they were measured or of what, into the summary, and close the W&B run."""
         if self._run is None:
             return
-        failed = isinstance(outcome, BaseException)
         try:
-            if not isinstance(outcome, BaseException):
-                for when, values in outcome.evaluation.items():
-                    self._run.summary.update({f"evaluation/{when}/{name}": value for name, value in values.items()})
+            for when, values in evaluation.items():
+                self._run.summary.update({f"evaluation/{when}/{name}": value for name, value in values.items()})
             self._run.finish(exit_code=1 if failed else 0)
         except (self._wandb.errors.Error, OSError) as error:
             folder = self._log_path / "wandb"

@@ -17,7 +17,7 @@ import pytest
 from cookbook import embedded
 from cookbook.backend.control_plane.store import Operation, Store
 from cookbook.backend.paths import BackendPaths, lock_is_held, read_json
-from cookbook.backend.snapshots import Manifest, SnapshotKind, snapshot_dir, write_snapshot
+from cookbook.backend.snapshots import Manifest, SnapshotHold, SnapshotKind, snapshot_dir, write_snapshot
 from tests.backend.conftest import JOBS, Backend, run_backend, wait_until
 
 BASE = "accounts/local/models/tiny"
@@ -96,6 +96,59 @@ def test_rows_are_listed_oldest_first_for_a_job_that_this_store_never_knew(backe
     ]
     assert rows[2]["createTime"] == "1970-01-01T00:00:03.500000Z"
     assert rows[0]["name"] == "accounts/local/rlorTrainerJobs/job/checkpoints/step-1"
+
+
+def test_each_row_has_the_size_of_its_files(backend: Backend) -> None:
+    rows = backend.client.get(f"{JOBS}/job/checkpoints").json()["checkpoints"]
+
+    assert rows[0]["sizeBytes"] == len('{"r": 8}') + 6 * 1000 + 1
+
+
+def test_a_deleted_checkpoint_is_gone_and_the_model_made_of_it_stays(backend: Backend) -> None:
+    folder = save(backend.paths, "step-1", job_id="deleting")
+    other = save(backend.paths, "step-2", job_id="deleting", kind="state", checkpoint_type=None)
+    url = f"{JOBS}/deleting/checkpoints"
+    promote(backend, "step-1", "kept-model", trainer_job_id="accounts/local/rlorTrainerJobs/deleting")
+
+    assert backend.client.delete(f"{url}/step-1").json() == {}
+    assert [row["name"].rpartition("/")[2] for row in backend.client.get(url).json()["checkpoints"]] == ["step-2"]
+    assert (folder.exists(), other.exists()) == (False, True)
+    assert (backend.paths.models / "kept-model" / "model.safetensors").is_file()
+    again = backend.client.delete(f"{url}/step-1")
+    assert (again.status_code, message_of(again)) == (404, "trainer job deleting has no checkpoint 'step-1'.")
+    assert backend.client.delete(f"{JOBS}/nobody/checkpoints/step-1").status_code == 404
+
+
+def test_a_name_of_both_kinds_is_deleted_only_with_its_kind(backend: Backend) -> None:
+    save(backend.paths, "same", job_id="twins")
+    state = save(backend.paths, "same", job_id="twins", kind="state", checkpoint_type=None)
+    url = f"{JOBS}/twins/checkpoints/same"
+
+    assert "Say which: ?kind=state or sampler" in message_of(backend.client.delete(url))
+    assert backend.client.delete(url, params={"kind": "other"}).status_code == 404
+    assert backend.client.delete(url, params={"kind": "sampler"}).status_code == 200
+    assert state.exists()
+
+
+def test_a_checkpoint_in_use_is_not_deleted(backend: Backend) -> None:
+    folder = save(backend.paths, "step-1", job_id="in-use")
+    url = f"{JOBS}/in-use/checkpoints/step-1"
+
+    with SnapshotHold(folder):
+        refused = backend.client.delete(url)
+    assert refused.status_code == 409
+    assert "sampler checkpoint 'step-1' of trainer job in-use is in use" in message_of(refused)
+    assert (folder / "model.safetensors").is_file()
+    assert backend.client.delete(url).status_code == 200
+
+
+def test_a_deletion_that_a_kill_left_half_done_is_finished_when_it_is_asked_for_again(backend: Backend) -> None:
+    folder = save(backend.paths, "step-1", job_id="half-deleted")
+    half = folder.with_name(".deleting-step-1-00000000")
+    folder.rename(half)
+
+    assert backend.client.delete(f"{JOBS}/half-deleted/checkpoints/step-1").status_code == 404
+    assert not half.exists()
 
 
 def test_pages_add_up_to_the_whole_list(backend: Backend) -> None:

@@ -16,7 +16,7 @@ import pytest
 from fireworks.training.sdk import DeploymentSampler
 from transformers import AutoTokenizer
 
-from cookbook.backend.snapshots import snapshot_dir
+from cookbook.backend.snapshots import SnapshotInUse, delete_snapshot, snapshot_dir
 from tests.backend.deployment_server import Served, served, wait_until
 from tests.tiny_model import make_tiny_model
 from tests.wire.deployment_process import DEPLOYMENT, JOB, closed, write_lora_snapshot, write_model_snapshot
@@ -401,6 +401,23 @@ def test_base_adapter_and_full_snapshots_follow_one_another(tmp_path: Path, tiny
             assert load(server, identity)["current_snapshot_identity"] == identity
             assert outputs.setdefault(identity, greedy()) == greedy()  # an adapter is on the base, whatever was before
         assert len(set(map(tuple, outputs.values()))) == 4
+
+
+def test_the_snapshot_that_is_served_cannot_be_deleted(tmp_path: Path, tiny: Path) -> None:
+    with served(tmp_path / "dep-a", tiny) as server:
+        for name in ("s-1", "s-2"):
+            write_model_snapshot(server.checkpoints, name)
+        first, second = (snapshot_dir(server.checkpoints, JOB, "sampler", name) for name in ("s-1", "s-2"))
+        load(server, "s-1")
+        with pytest.raises(SnapshotInUse):
+            delete_snapshot(first)
+        load(server, "nowhere")  # what fails takes nothing away
+        with pytest.raises(SnapshotInUse):
+            delete_snapshot(first)
+        load(server, "s-2")
+        delete_snapshot(first)
+        with pytest.raises(SnapshotInUse):
+            delete_snapshot(second)
 
 
 def test_a_snapshot_that_is_not_there_leaves_what_serves(tmp_path: Path, tiny: Path) -> None:

@@ -14,8 +14,12 @@ import pytest
 
 from cookbook.backend.snapshots import (
     Manifest,
+    SnapshotHold,
+    SnapshotInUse,
+    delete_snapshot,
     list_manifests,
     load_manifest,
+    remove_deleted,
     remove_leftovers,
     snapshot_dir,
     verify,
@@ -159,3 +163,59 @@ def test_names_that_are_no_folder_names_are_refused(tmp_path: Path, name: str) -
         snapshot_dir(tmp_path, "job-a", "state", name)
     with pytest.raises(CheckpointError, match="cannot be used"):
         snapshot_dir(tmp_path, name, "state", "step-1")
+
+
+def test_a_deleted_snapshot_is_gone_and_its_name_is_free(tmp_path: Path) -> None:
+    folder = save(tmp_path, manifest())
+    assert load_manifest(folder).size_bytes == 3002
+    delete_snapshot(folder)
+    assert (list_manifests(tmp_path, "job-a"), list(folder.parent.iterdir())) == ([], [])
+    with pytest.raises(CheckpointError, match="no checkpoint 'step-1' at"):
+        delete_snapshot(folder)
+    save(tmp_path, manifest())
+
+
+def test_a_held_snapshot_is_not_deleted_until_the_last_one_lets_go(tmp_path: Path) -> None:
+    folder = save(tmp_path, manifest())
+    with SnapshotHold(folder):
+        with SnapshotHold(folder), pytest.raises(SnapshotInUse, match="'step-1' is in use"):
+            delete_snapshot(folder)
+        with pytest.raises(SnapshotInUse):
+            delete_snapshot(folder)
+        verify(folder, load_manifest(folder))
+    delete_snapshot(folder)
+    with pytest.raises(CheckpointError, match="no checkpoint 'step-1' at"):
+        SnapshotHold(folder)
+
+
+def test_a_holder_that_was_killed_holds_nothing(tmp_path: Path) -> None:
+    folder = save(tmp_path, manifest())
+    code = (
+        "import os, signal, sys; from pathlib import Path; from cookbook.backend.snapshots import SnapshotHold\n"
+        "hold = SnapshotHold(Path(sys.argv[1])); print('held', flush=True); sys.stdin.read()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code, str(folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == b"held\n"
+        with pytest.raises(SnapshotInUse):
+            delete_snapshot(folder)
+        holder.kill()
+    delete_snapshot(folder)
+
+
+def test_a_deletion_killed_midway_shows_nothing_and_is_finished_later(tmp_path: Path) -> None:
+    folder = save(tmp_path, manifest())
+    other = save(tmp_path, manifest("step-2"))
+    code = (
+        "import os, shutil, signal, sys; from pathlib import Path; from cookbook.backend import snapshots\n"
+        "shutil.rmtree = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "snapshots.delete_snapshot(Path(sys.argv[1]))"
+    )
+    killed = subprocess.run([sys.executable, "-c", code, str(folder)], check=False)
+    assert killed.returncode == -signal.SIGKILL
+    assert [found.name for found in list_manifests(tmp_path, "job-a")] == ["step-2"]
+    assert len(list(folder.parent.iterdir())) == 2
+    remove_deleted(tmp_path, "job-a")
+    assert list(folder.parent.iterdir()) == [other]

@@ -12,7 +12,8 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cookbook.backend.decoder import dithered
-from cookbook.backend.snapshots import load_manifest
+from cookbook.backend.snapshots import SnapshotInUse, delete_snapshot, load_manifest
+from cookbook.backend.trainer import operations
 from cookbook.errors import CheckpointError, RequestRejected
 from tests.backend.trainer_job import TrainerJob, datum, same
 from tests.tiny_model import make_tiny_model
@@ -97,6 +98,23 @@ def test_damaged_checkpoint_is_refused_and_changes_nothing(job: TrainerJob, rank
     with pytest.raises(CheckpointError, match=rf"{weights.name} is damaged: sha256"):
         job.run("load_weights", model, path="step-0", optimizer=True)
     assert same(job.weights(model), before)
+
+
+def test_a_checkpoint_cannot_be_deleted_while_it_is_loaded(job: TrainerJob, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = job.create(job.store.spec.lora_rank)
+    job.run("save_weights", model, path="step-0")
+    folder = job.checkpoints / "state" / "step-0"
+    refused = []
+
+    def delete_then_verify(*arguments: object) -> None:
+        with pytest.raises(SnapshotInUse):
+            delete_snapshot(folder)
+        refused.append(arguments)
+
+    monkeypatch.setattr(operations, "verify", delete_then_verify)
+    job.run("load_weights", model, path="step-0", optimizer=True)
+    assert refused
+    delete_snapshot(folder)
 
 
 def test_checkpoint_name_is_never_used_twice(job: TrainerJob, rank: int) -> None:

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, MistralConfig
 
 from cookbook.backend import branches
 from cookbook.backend.decoder import HuggingFaceDecoder
-from cookbook.backend.trainer import compute
+from cookbook.backend.trainer import compute, head
 from cookbook.backend.trainer.compute import Datum, forward, forward_backward, micro_batches, top_k
 from cookbook.errors import RequestRejected
 from cookbook.losses import KERNELS, LossInput
@@ -71,9 +71,9 @@ def test_loss_and_gradients_match_plain_autograd(
 ) -> None:
     if limits != "whole":  # 2 rows of 12 or 7 tokens a micro-batch, 5 positions a chunk of the head
         monkeypatch.setattr(compute, "TOKENS_PER_MICRO_BATCH", 24)
-        monkeypatch.setattr(compute, "_LOGITS_PER_CHUNK", 5 * decoder.vocab_size)
+        monkeypatch.setattr(head, "_LOGITS_PER_CHUNK", 5 * decoder.vocab_size)
     if limits == "recomputed":  # one chunk is kept from the forward to the backward pass, the others are not
-        monkeypatch.setattr(compute, "_LOGITS_KEPT", 5 * decoder.vocab_size)
+        monkeypatch.setattr(head, "_LOGITS_KEPT", 5 * decoder.vocab_size)
     data = make_data(kernel)
     logprobs, loss, gradients = reference(tiny, data, kernel)
     result = forward_backward(decoder, data, KERNELS[kernel], KERNELS[kernel].check_config({}))
@@ -218,7 +218,7 @@ def test_completions_of_one_prompt_give_the_same_gradients_with_the_prompt_compu
     if limits == "pieces":  # groups are cut, and so is the head; long prefixes have another attention
         monkeypatch.setattr(branches, "_MAX_EXPLICIT", 35)
         monkeypatch.setattr(compute, "TOKENS_PER_MICRO_BATCH", 40)
-        monkeypatch.setattr(compute, "_LOGITS_PER_CHUNK", 5 * decoder.vocab_size)
+        monkeypatch.setattr(head, "_LOGITS_PER_CHUNK", 5 * decoder.vocab_size)
     data = make_groups(GROUPS)
     logprobs, loss, gradients = reference(tiny, data, "ppo")
     counts = count_positions(decoder)

@@ -36,6 +36,13 @@ def test_small_savings_are_left_alone() -> None:
     assert prefix_groups(sequences("one")) == prefix_groups([]) == []
 
 
+def test_short_pairs_share_a_prompt_that_is_shorter_than_their_answers() -> None:
+    pairs = ["one " + "a" * 9, "one " + "b" * 9, "two " + "a" * 9, "two " + "b" * 9]
+    assert sorted(group.rows for group in prefix_groups(sequences(*pairs))) == [(0, 1), (2, 3)]
+    assert prefix_groups(sequences(*pairs, "and a row by itself")) == []
+    assert prefix_groups(sequences("p" * 60 + "a" * 200, "p" * 60 + "b" * 200)) == []  # long ones: a quarter
+
+
 def test_a_sequence_that_is_the_beginning_of_another_keeps_a_token_of_its_own() -> None:
     rows = sequences("same text", "same text", "same text and more")
     (group,) = prefix_groups(rows)

@@ -121,7 +121,7 @@ def test_data_that_changes_after_it_was_counted_is_an_error(tmp_path: Path, rend
 
 
 def test_counting_reports_progress(tmp_path: Path, renderer: Renderer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cookbook.data.dataset.PROGRESS_ROWS", 2)
+    monkeypatch.setattr("cookbook.data.counts.PROGRESS_ROWS", 2)
     path = write_rows(tmp_path / "d.jsonl", rows_of_lengths(30, 30, 30, 30, 30))
     calls: list[tuple[int, int]] = []
     SFTDataset.prepare(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from cookbook.data import JsonlFile, Renderer, make_rl_task, make_task
+from cookbook.data import JsonlFile, Renderer, make_preference_task, make_rl_task, make_task, render_pair
 from cookbook.data.procedural import NUM_PROBLEMS, NUM_RL_PROBLEMS
 from cookbook.errors import DataError
 from cookbook.rewards.answers import numeric
@@ -98,3 +98,42 @@ def test_held_out_rl_problems_are_not_trained_and_follow_from_the_seed(tmp_path:
 def test_more_rl_problems_than_there_are_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="there are 2,555,190 problems"):
         make_rl_task(tmp_path, num_train=NUM_RL_PROBLEMS, num_held_out=6, seed=0)
+
+
+# The pairs of answers ----------------------------------------------------------------------------------------------
+
+
+def preference_problems(path: Path) -> list[tuple[list[int], int, int]]:
+    """(numbers, chosen, rejected) of every row."""
+    found = []
+    for _, row in JsonlFile.open(path).rows():
+        assert not isinstance(row, DataError)
+        question, chosen = (message["content"] for message in row["chosen"]["messages"])
+        same, rejected = (message["content"] for message in row["rejected"]["messages"])
+        assert question == same
+        match = re.fullmatch(r"Numbers: (.*)\. Which one is the largest\? Answer with the number only\.", question)
+        assert match is not None, question
+        found.append(([int(number) for number in match[1].split(", ")], int(chosen), int(rejected)))
+    return found
+
+
+def test_chosen_is_the_largest_and_rejected_any_of_the_others(tmp_path: Path, renderer: Renderer) -> None:
+    train, held_out = make_preference_task(tmp_path, num_train=300, num_held_out=30, seed=0)
+    assert (train.name, held_out.name) == ("preference_train.jsonl", "preference_held_out.jsonl")
+    found = preference_problems(train)
+    assert len(found) == 300
+    assert all(chosen == max(numbers) for numbers, chosen, _ in found)
+    ranks = [sorted(numbers).index(rejected) for numbers, _, rejected in found]
+    assert all(70 < ranks.count(rank) < 130 for rank in range(3))
+    assert ranks.count(3) == 0
+    assert render_pair(JsonlFile.open(train)[0], renderer, "row 0").num_trained == 6
+
+
+def test_pairs_are_of_no_problem_that_is_held_out_or_in_the_rl_task(tmp_path: Path) -> None:
+    arguments = {"num_train": 3000, "num_held_out": 500, "seed": 3}
+    pairs = [problem for path in make_preference_task(tmp_path, **arguments) for problem in preference_problems(path)]
+    prompts = [problem for path in make_rl_task(tmp_path, **arguments) for problem in rl_problems(path)]
+    assert len({frozenset(numbers) for numbers, *_ in [*pairs, *prompts]}) == len(pairs) + len(prompts) == 7000
+    again = make_preference_task(tmp_path / "again", **arguments)
+    other = make_preference_task(tmp_path / "other", **{**arguments, "seed": 4})
+    assert (tmp_path / "preference_train.jsonl").read_bytes() == again[0].read_bytes() != other[0].read_bytes()

@@ -68,6 +68,30 @@ def rl_parameters(log_path: Path, model: Path, rows: Path, **fields: Any) -> dic
     }
 
 
+def write_pairs(path: Path, num_rows: int, start: int = 0) -> Path:
+    """Pairs of answers to short questions; the chosen ones are alike, so that a tiny model can learn to prefer them."""
+    rows = []
+    for number in range(start, start + num_rows):
+        question = {"role": "user", "content": f"{number}?"}
+        answers = {"chosen": f"yes {number}", "rejected": f"no {number}"}
+        rows.append({k: {"messages": [question, {"role": "assistant", "content": v}]} for k, v in answers.items()})
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def preference_parameters(log_path: Path, model: Path, rows: Path, **fields: Any) -> dict[str, Any]:
+    """A whole DPO or ORPO config as plain data, for the tiny model in float32."""
+    return {
+        "log_path": str(log_path),
+        "base_model": str(model),
+        "dataset": str(rows),
+        "learning_rate": 1e-3,
+        "weight_sync": {"dcp_save_interval": 4},
+        "infra": {"extra_args": ["--compute-dtype=float32", "--threads=1"]},
+        **fields,
+    }
+
+
 def start(parameters: dict[str, Any], environment: dict[str, str], recipe: str = "sft") -> subprocess.Popen[str]:
     """`cookbook run RECIPE --json` with these parameters, as a process."""
     log_path = Path(parameters["log_path"])

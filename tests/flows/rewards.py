@@ -21,3 +21,8 @@ def fails_at_row_9(completion: str, row: Mapping[str, Any]) -> float:
     if completion and row["number"] == 9 and Path(os.environ["REWARD_BROKEN"]).exists():
         return 1 / 0
     return vowels(completion, row).value
+
+
+def judge_of_empty_answers(row: Mapping[str, Any], answer: str, other: str) -> float:
+    """Well when it is tried, and broken for real answers."""
+    return 0.5 if not answer and not other else 1 / 0

@@ -32,8 +32,17 @@ for number in range(step + 1, step + 4):
 sink.finish(KeyboardInterrupt())
 """
 
+EVALUATION = (
+    SCRIPT.partition("for number in")[0]
+    + """
+rows = [{"row": 0, "model": "an answer", "win": None}, {"row": 1, "model": "b", "win": 1.0}]
+sink.log_table("evaluation/answers", rows)
+sink.end({"model": {"loss": 0.5}, "win_rate": {"win_rate": 0.75}}, failed=False)
+"""
+)
 
-def run_offline(log_path: Path, *, epoch: int = 1, step: int = 0) -> list:
+
+def run_offline(log_path: Path, *, epoch: int = 1, step: int = 0, script: str = SCRIPT, allowed: str = "") -> list:
     """Track three steps in a process of their own; the records of the W&B run's file on disk."""
     log_path.mkdir(exist_ok=True)
     environment = {
@@ -43,7 +52,18 @@ def run_offline(log_path: Path, *, epoch: int = 1, step: int = 0) -> list:
         "WANDB_API_KEY": SENTINEL.replace("sentinel-key-", ""),
         "HOME": str(log_path),
     }
-    command = [sys.executable, "-W", "error", "-c", SCRIPT, str(log_path), str(epoch), str(step), f"--fake={SENTINEL}"]
+    command = [
+        sys.executable,
+        "-W",
+        "error",
+        *(["-W", f"ignore:{allowed}"] if allowed else []),
+        "-c",
+        script,
+        str(log_path),
+        str(epoch),
+        str(step),
+        f"--fake={SENTINEL}",
+    ]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
     assert result.stderr == ""
@@ -132,3 +152,12 @@ def test_an_online_run_without_a_key_is_left_out_and_never_asks(tmp_path, caplog
     sink.finish(KeyboardInterrupt())
     assert "wandb login" in caplog.text
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_evaluation_shows_its_answers_as_a_table_and_its_numbers_in_the_summary(tmp_path):
+    found = run_offline(tmp_path / "run", script=EVALUATION, allowed="Implicitly cleaning up")  # W&B's own folder
+    (table,) = (tmp_path / "run").glob("wandb/offline-run-*/files/media/table/evaluation/*.json")
+    assert json.loads(table.read_text())["data"] == [[0, "an answer", None], [1, "b", 1.0]]
+    summary = {item.key or "/".join(item.nested_key): item.value_json for r in found for item in r.summary.update}
+    assert summary["evaluation/model/loss"] == "0.5"
+    assert summary["evaluation/win_rate/win_rate"] == "0.75"

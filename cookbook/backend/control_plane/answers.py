@@ -41,6 +41,7 @@ class Code(Enum):
     NOT_FOUND = (5, 404)
     ALREADY_EXISTS = (6, 409)
     FAILED_PRECONDITION = (9, 400)
+    IN_USE = (9, 409)
     TOO_LARGE = (3, 413)
     UNIMPLEMENTED = (12, 405)
     INTERNAL = (13, 500)

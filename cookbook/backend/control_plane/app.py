@@ -125,6 +125,7 @@ def _routes() -> list[Route]:
         Route(f"{_JOBS}/{{job}}:resume", jobs.resume_job, methods=post),
         Route(f"{_JOBS}/{{job}}:cancel", jobs.cancel_job, methods=post),
         Route(f"{_JOBS}/{{job}}/checkpoints", checkpoints.list_checkpoints, methods=get),
+        Route(f"{_JOBS}/{{job}}/checkpoints/{{checkpoint}}", checkpoints.delete_checkpoint, methods=delete),
         Route(f"{_JOBS}/{{job}}", jobs.get_job, methods=get),
         Route(f"{_JOBS}/{{job}}", jobs.delete_job, methods=delete),
         Route(_SHAPE_VERSIONS, shapes.list_shape_versions, methods=get),

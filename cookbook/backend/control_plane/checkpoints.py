@@ -1,8 +1,12 @@
-"""Checkpoint rows of a trainer job, read from the manifests on disk: they outlive the job, and the code version too."""
+"""Checkpoint rows of a trainer job, read from the manifests on disk: they outlive the job, and the code version too.
+
+Deleting one, and the size of each, are additions of the embedded backend to the training API.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import re
 from typing import Any
 
@@ -11,10 +15,20 @@ from starlette.responses import Response
 
 from cookbook.backend.control_plane.answers import ApiError, Code, JsonAnswer, rfc3339
 from cookbook.backend.control_plane.context import Plane, plane_of
+from cookbook.backend.control_plane.deployment_request import trainer_job_id
 from cookbook.backend.control_plane.job_request import job_name
-from cookbook.backend.snapshots import Manifest, list_manifests
+from cookbook.backend.snapshots import (
+    Manifest,
+    SnapshotInUse,
+    delete_snapshot,
+    list_manifests,
+    remove_deleted,
+    snapshot_dir,
+)
 
-__all__ = ["checkpoint_name", "list_checkpoints", "manifests_of"]
+__all__ = ["checkpoint_name", "delete_checkpoint", "list_checkpoints", "manifests_of"]
+
+logger = logging.getLogger(__name__)
 
 _MAX_PAGE = 1000
 _DEFAULT_PAGE = 200
@@ -36,14 +50,42 @@ async def list_checkpoints(request: Request) -> Response:
     )
 
 
-async def manifests_of(plane: Plane, job_id: str) -> list[Manifest]:
+async def delete_checkpoint(request: Request) -> Response:
+    """DELETE rlorTrainerJobs/{job}/checkpoints/{checkpoint}[?kind=state|sampler]: for ever. Models made of it stay.
+
+    One that a live process loads, serves or copies is refused (409). Doing it again (404) finishes what a kill of the
+    control plane left half done.
+    """
+    plane = plane_of(request)
+    job_id, name = request.path_params["job"], request.path_params["checkpoint"]
+    manifests = await manifests_of(plane, job_id, finish_deleting=True)
+    manifest = _one(manifests, job_id, name, request.query_params.get("kind"))
+    folder = snapshot_dir(plane.paths.checkpoints, job_id, manifest.kind, name)
+    try:
+        await asyncio.to_thread(delete_snapshot, folder)
+    except SnapshotInUse:
+        raise _in_use(plane, manifest) from None
+    except OSError as error:
+        raise _undeletable(error) from error
+    logger.info("%s checkpoint %s of trainer %s: deleted, %d bytes", manifest.kind, name, job_id, manifest.size_bytes)
+    return JsonAnswer({})
+
+
+async def manifests_of(plane: Plane, job_id: str, *, finish_deleting: bool = False) -> list[Manifest]:
     """The complete checkpoints of a job, oldest first, whether or not the job still exists.
+
+    With `finish_deleting`, what was deleted but for a kill is removed from the disk before.
 
     Raises:
         ApiError: neither the job nor a checkpoint of it is known (404).
     """
     manifests: list[Manifest] = []
     if _FOLDER_NAME.fullmatch(job_id):
+        if finish_deleting:
+            try:
+                await asyncio.to_thread(remove_deleted, plane.paths.checkpoints, job_id)
+            except OSError as error:
+                raise _undeletable(error) from error
         manifests = await asyncio.to_thread(list_manifests, plane.paths.checkpoints, job_id)
     if not manifests and plane.store.job(job_id) is None:
         raise ApiError(Code.NOT_FOUND, f"there is no trainer job {job_id!r} and no checkpoint of it.")
@@ -63,7 +105,39 @@ def _row(manifest: Manifest) -> dict[str, Any]:
         "updateTime": created,
         "checkpointType": f"CHECKPOINT_TYPE_{_type(manifest)}",
         "promotable": manifest.promotable,
+        "sizeBytes": manifest.size_bytes,
     }
+
+
+def _one(manifests: list[Manifest], job_id: str, name: str, kind: str | None) -> Manifest:
+    """The checkpoint of that name, and of that kind where both kinds have it."""
+    found = [manifest for manifest in manifests if manifest.name == name and kind in (None, manifest.kind)]
+    if not found:
+        what = "checkpoint" if kind is None else f"{kind} checkpoint"
+        raise ApiError(Code.NOT_FOUND, f"trainer job {job_id} has no {what} {name!r}.")
+    if len(found) > 1:
+        raise ApiError(
+            Code.INVALID_ARGUMENT,
+            f"trainer job {job_id} has a state and a sampler checkpoint {name!r}. Say which: ?kind=state or sampler.",
+        )
+    return found[0]
+
+
+def _in_use(plane: Plane, manifest: Manifest) -> ApiError:
+    """The refusal; names the deployments that may be serving the checkpoint."""
+    deployments = [
+        job.job_id for job in plane.deployments.jobs() if job.is_live and trainer_job_id(job) == manifest.job_id
+    ]
+    linked = f" Live deployments of that trainer: {', '.join(deployments)}." if deployments else ""
+    return ApiError(
+        Code.IN_USE,
+        f"{manifest.kind} checkpoint {manifest.name!r} of trainer job {manifest.job_id} is in use: a deployment serves "
+        f"it, a trainer loads it, or it is being promoted. It was not deleted. Delete what uses it, or wait.{linked}",
+    )
+
+
+def _undeletable(error: OSError) -> ApiError:
+    return ApiError(Code.FAILED_PRECONDITION, f"cannot delete {error.filename}: {error.strerror or error}.")
 
 
 def _type(manifest: Manifest) -> str:

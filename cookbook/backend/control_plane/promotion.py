@@ -26,7 +26,7 @@ from cookbook.backend.control_plane.context import ACCOUNT, Plane, plane_of
 from cookbook.backend.control_plane.models import BASE_MODEL, PEFT_ADDON, model_resource, resolve_base_model
 from cookbook.backend.control_plane.store import Operation, Store
 from cookbook.backend.paths import BackendPaths, read_json, write_json
-from cookbook.backend.snapshots import Manifest, load_manifest, snapshot_dir, verify
+from cookbook.backend.snapshots import Manifest, SnapshotHold, load_manifest, snapshot_dir, verify
 from cookbook.errors import CheckpointError
 
 __all__ = ["Promotions", "get_operation", "promote_checkpoint"]
@@ -127,6 +127,11 @@ def _install(paths: BackendPaths, operation: Operation) -> None:
             raise FileExistsError(target)
         return
     snapshot = snapshot_dir(paths.checkpoints, operation.job_id, "sampler", operation.checkpoint)
+    with SnapshotHold(snapshot):
+        _copy_snapshot(paths, operation, snapshot, target)
+
+
+def _copy_snapshot(paths: BackendPaths, operation: Operation, snapshot: Path, target: Path) -> None:
     manifest = load_manifest(snapshot)
     verify(snapshot, manifest)
     copy = paths.models / f".promote-{operation.operation_id}"
@@ -135,7 +140,7 @@ def _install(paths: BackendPaths, operation: Operation) -> None:
         for name in manifest.files:
             _copy_file(snapshot / name, copy / name)
         record = {
-            "source": source,
+            "source": checkpoint_name(operation.job_id, operation.checkpoint),
             "kind": _kind(manifest),
             "base_model": manifest.base_model,
             "created": rfc3339(time.time()),

@@ -16,7 +16,7 @@ from cookbook.backend.deployment.engine import Engine
 from cookbook.backend.deployment.llama import LlamaModel
 from cookbook.backend.deployment.spec import DeploymentSpec
 from cookbook.backend.paths import read_json
-from cookbook.backend.snapshots import Manifest, load_manifest, snapshot_dir, verify
+from cookbook.backend.snapshots import Manifest, SnapshotHold, load_manifest, snapshot_dir, verify
 from cookbook.errors import CheckpointError, ModelError
 
 __all__ = ["HotLoader", "base_folder", "base_weights"]
@@ -74,6 +74,8 @@ class HotLoader:
         self._open = asyncio.Event()
         self._open.set()
         self._holds_base = True
+        self._hold: SnapshotHold | None = None
+        """On the snapshot that is served: it is not deleted meanwhile."""
 
     @property
     def loading(self) -> bool:
@@ -134,8 +136,11 @@ class HotLoader:
     async def _carry_out(self, identity: str, job: str | None) -> None:
         async with self._one_at_a_time:
             self._state = _State("loading", identity)
+            hold: SnapshotHold | None = None
             try:
-                make, keeps_base = await asyncio.to_thread(self._prepare, identity, job)
+                folder = self._folder(identity, job)
+                hold = await asyncio.to_thread(SnapshotHold, folder)
+                make, keeps_base = await asyncio.to_thread(self._prepare, folder)
                 self._open.clear()
                 await asyncio.to_thread(self._engine.load, identity, make, DRAIN_TIMEOUT_S)
             except Exception as error:
@@ -147,27 +152,34 @@ class HotLoader:
                 self._holds_base = keeps_base
                 self._serving = (job, identity)
                 self._state = _State("done")
+                self._hold, hold = hold, self._hold
             finally:
                 self._open.set()
+                if hold is not None:
+                    hold.close()
 
-    def _prepare(self, identity: str, job: str | None) -> tuple[_Make, bool]:
+    def _folder(self, identity: str, job: str | None) -> Path:
+        """Where a snapshot lies. CheckpointError without a trainer job, or when the name cannot be one."""
+        if job is None:
+            raise CheckpointError(
+                f"snapshot {identity!r} cannot be found: the deployment is linked to no trainer job. "
+                "Set its hotLoadTrainerJob."
+            )
+        return snapshot_dir(self._spec.checkpoints_dir, job, "sampler", identity)
+
+    def _prepare(self, folder: Path) -> tuple[_Make, bool]:
         """How to make the new model out of the present one, and whether that leaves the base weights in it.
 
         Raises:
             CheckpointError: the snapshot is missing, damaged, or of another model.
             ModelError: its weights cannot be served.
         """
-        if job is None:
-            raise CheckpointError(
-                f"snapshot {identity!r} cannot be found: the deployment is linked to no trainer job. "
-                "Set its hotLoadTrainerJob."
-            )
-        folder = snapshot_dir(self._spec.checkpoints_dir, job, "sampler", identity)
         manifest = load_manifest(folder)
         if manifest.base_model != self._spec.base_model:
             raise CheckpointError(
-                f"snapshot {identity!r} of trainer job {job} is of {manifest.base_model}, this deployment serves "
-                f"{self._spec.base_model}. Deploy that model, or link the deployment to a trainer of its own."
+                f"snapshot {folder.name!r} of trainer job {manifest.job_id} is of {manifest.base_model}, this "
+                f"deployment serves {self._spec.base_model}. Deploy that model, "
+                "or link the deployment to a trainer of its own."
             )
         verify(folder, manifest)
         if not _is_adapter(manifest):

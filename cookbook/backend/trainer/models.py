@@ -17,6 +17,7 @@ from cookbook.backend.decoder import HuggingFaceDecoder
 from cookbook.backend.snapshots import Manifest, SnapshotKind
 from cookbook.backend.trainer import export, lora
 from cookbook.backend.trainer.job import JobSpec
+from cookbook.backend.trainer.keeper import ForwardKeeper
 from cookbook.backend.trainer.lora import LoraSettings
 from cookbook.backend.trainer.optimizer import Optimizer
 from cookbook.backend.trainer.state import TrainingState
@@ -53,6 +54,7 @@ class Model:
         self.lora = settings
         self.optimizer = Optimizer(parameters) if is_trained else None
         self.accumulated = Accumulated()
+        self.keeper = ForwardKeeper()
 
     @property
     def lora_rank(self) -> int:

@@ -14,6 +14,7 @@ from pathlib import Path
 import orjson
 
 from cookbook.backend.snapshots import (
+    SnapshotHold,
     SnapshotKind,
     list_manifests,
     load_manifest,
@@ -69,20 +70,25 @@ class Operations:
         if operation.kind == "unload_model":
             self._store.remove(model_id)
             return {"model_id": model_id, "type": "unload_model"}
-        return self._handlers[operation.kind](self._store.use(model_id), orjson.loads(operation.body))
+        model = self._store.use(model_id)
+        if operation.kind not in ("forward", "forward_backward"):
+            model.keeper.drop()
+        return self._handlers[operation.kind](model, orjson.loads(operation.body))
 
     def _forward(self, model: Model, body: Parsed) -> Parsed:
         request = parse_forward(body, self._store.sizes(model), is_backward=False)
-        result = compute.forward(model.decoder, request.data, request.kernel, request.config)
+        forward = compute.forward if model.optimizer is None else model.keeper.forward
+        result = forward(model.decoder, request.data, request.kernel, request.config)
         top_k = compute.top_k(model.decoder, request.data, request.top_k) if request.top_k else None
         return forward_answer(result, top_k)
 
     def _forward_backward(self, model: Model, body: Parsed) -> Parsed:
         _require_optimizer(model, "forward_backward")
         request = parse_forward(body, self._store.sizes(model), is_backward=True)
+        kept = model.keeper.take(request.data)
         before = model.take_gradients()
         try:
-            result = compute.forward_backward(model.decoder, request.data, request.kernel, request.config)
+            result = compute.forward_backward(model.decoder, request.data, request.kernel, request.config, kept)
             model.add_gradients(before)
         except BaseException:
             model.put_gradients(before)
@@ -160,6 +166,10 @@ class Operations:
         path = require(body, "path", str)
         with_optimizer = body.get("optimizer") is True and model.optimizer is not None
         folder = self._resolve(path)
+        with SnapshotHold(folder):
+            return self._load_from(model, path, folder, with_optimizer)
+
+    def _load_from(self, model: Model, path: str, folder: Path, with_optimizer: bool) -> Parsed:
         manifest = load_manifest(folder)
         if (manifest.kind, manifest.lora_rank) != ("state", model.lora_rank):
             raise CheckpointError(

@@ -1,0 +1,75 @@
+"""What a model's numbers depend on, as one fingerprint: files by their content, so that a path means nothing.
+
+For what is kept between runs and is only true of one model, such as reference logprobs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cookbook.errors import ModelError
+from cookbook.models.folders import resolve_model
+
+if TYPE_CHECKING:
+    from cookbook.config import DPOConfig
+
+__all__ = ["model_fingerprint", "reference_fingerprint"]
+
+_BLOCK_BYTES = 2**20
+
+
+def model_fingerprint(backend: str, base_model: str, models_dir: Path) -> str:
+    """What a base model computes, apart from how it is run.
+
+    Args:
+        backend: "embedded": sha256 (hex) over the content of config.json and of the weight files, each under its name.
+            Tokenizer, generation settings and where the folder is do not count. "fireworks": the resource name, as the
+            content of a model resource never changes.
+        base_model: as in the config.
+        models_dir: the folder of the models that have names.
+
+    Raises:
+        ModelError: no such model on this machine, or a file of it cannot be read.
+    """
+    if backend != "embedded":
+        return base_model
+    folder = resolve_model(base_model, models_dir)
+    sha256 = hashlib.sha256()
+    for path in (folder / "config.json", *sorted(folder.glob("*.safetensors"))):
+        sha256.update(f"{path.name}\0{_file_digest(path)}\n".encode())
+    return sha256.hexdigest()
+
+
+def reference_fingerprint(config: DPOConfig, models_dir: Path) -> str:
+    """sha256 (hex) over all that changes the logprobs of a DPO run's reference: the base model, and how it is run.
+
+    The number of threads is left out: it moves the last bits only.
+
+    Raises:
+        ModelError: as for `model_fingerprint`.
+    """
+    infra = config.infra
+    own_shape = infra.ref_training_shape_id if config.needs_reference_trainer else None
+    parts = {
+        "backend": config.backend,
+        "base_model": model_fingerprint(config.backend, config.base_model, models_dir),
+        "extra_args": [argument for argument in infra.extra_args or [] if not argument.startswith("--threads=")],
+        "shape": own_shape or infra.training_shape_id,
+        "image": infra.custom_image_tag,
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _file_digest(path: Path) -> str:
+    """sha256 of a file, read in blocks: weights may be larger than the memory."""
+    sha256 = hashlib.sha256()
+    try:
+        with path.open("rb") as file:
+            while block := file.read(_BLOCK_BYTES):
+                sha256.update(block)
+    except OSError as error:
+        raise ModelError(f"{path} cannot be read: {error.strerror or error}. Restore the file.") from error
+    return sha256.hexdigest()

@@ -1,0 +1,283 @@
+"""Which checkpoints of a run are kept, and the deletion of the others: first from the record, then from the backend.
+
+Safe to kill at any moment: pruning.json in the run directory says what was about to be deleted, and the next prune goes
+on with it. What is not deleted by mistake: the last commit, what another run begins from, what a process uses.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cookbook.checkpoints import CheckpointKind, CheckpointRow, drop_checkpoints, read_checkpoints
+from cookbook.errors import CheckpointError, DataError, LeaseLost, ProvisioningError
+from cookbook.files import read_json, write_json
+from cookbook.run import RunDirectory, list_runs
+from cookbook.snapshots import (
+    Snapshot,
+    SnapshotRef,
+    StoredRun,
+    list_snapshots,
+    own_trainers,
+    snapshots_of,
+    trainers_of,
+)
+
+if TYPE_CHECKING:
+    from cookbook.control_plane import ControlPlane
+
+__all__ = [
+    "PrunePlan",
+    "PruneResult",
+    "RetentionPolicy",
+    "check_prunable",
+    "own_run",
+    "plan_prune",
+    "prune",
+]
+
+PRUNING_FILE = "pruning.json"
+
+_REFUSED = re.compile(r"HTTP 4\d\d")
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class RetentionPolicy:
+    """Which rows of checkpoints.jsonl are kept, besides those that are always kept."""
+
+    keep_last: int
+    """So many of the newest rows, at least 1."""
+    keep_every: int | None = None
+    """Also every row whose step is a multiple of this."""
+
+    def __post_init__(self) -> None:
+        if self.keep_last < 1 or (self.keep_every is not None and self.keep_every < 1):
+            raise DataError(f"keep_last and keep_every must be at least 1, got {self.keep_last}, {self.keep_every}.")
+
+
+@dataclass(frozen=True)
+class PrunePlan:
+    """What a prune is going to do."""
+
+    kept: Mapping[str, str]
+    """Name of each row that stays -> why."""
+    rows: tuple[CheckpointRow, ...]
+    """Rows that leave checkpoints.jsonl."""
+    snapshots: tuple[Snapshot, ...]
+    """What is deleted on the backend: of those rows, of weight syncs, and what an earlier prune did not get to."""
+    unfinished: tuple[SnapshotRef, ...] = ()
+    """What an earlier prune began to delete and the backend does not list; asked for once more."""
+
+    @property
+    def is_empty(self) -> bool:
+        """Nothing to do."""
+        return not (self.rows or self.snapshots or self.unfinished)
+
+    @property
+    def size_bytes(self) -> int:
+        """Of all snapshots whose size is known."""
+        return sum(snapshot.size_bytes or 0 for snapshot in self.snapshots)
+
+
+@dataclass(frozen=True)
+class PruneResult:
+    """What a prune has done."""
+
+    rows: tuple[str, ...]
+    """Names of the rows that left checkpoints.jsonl."""
+    deleted: tuple[Snapshot, ...]
+    left: tuple[tuple[Snapshot, str], ...]
+    """Snapshots that the backend would not delete, as they are in use, with its words. The next prune tries again."""
+
+    @property
+    def freed_bytes(self) -> int:
+        """Size of what was deleted."""
+        return sum(snapshot.size_bytes or 0 for snapshot in self.deleted)
+
+
+def check_prunable(run: StoredRun, home: Path) -> None:
+    """Check, without touching anything, that checkpoints of a run can be pruned here and now.
+
+    Raises:
+        CheckpointError: its backend has no call to delete one.
+        DataError: the run belongs to another home, where its snapshots lie.
+        LeaseLost: a process owns the run.
+    """
+    if run.backend != "embedded":
+        raise CheckpointError(
+            f"run {run.run_id} is on backend {run.backend or 'unknown'!r}, whose API has no call to delete "
+            "checkpoints. Nothing was touched. Those of the embedded backend can be pruned."
+        )
+    registered = next((entry for entry in list_runs(home) if entry.run_id == run.run_id), None)
+    if registered is None:
+        raise DataError(
+            f"run {run.run_id} in {run.path} was not started under {home}, so its snapshots are not there. "
+            "Set COOKBOOK_HOME (or --home) to the one it was started under."
+        )
+    if registered.path == run.path and registered.state == "running":
+        raise LeaseLost(f"run {run.run_id} in {run.path} is running. Wait for it or stop it, then prune.")
+
+
+def own_run(run: StoredRun, home: Path) -> RunDirectory:
+    """Own a stopped run, as it is, for a prune. The caller closes it.
+
+    Raises:
+        LeaseLost, ConfigError, CheckpointError: as for `RunDirectory.open`, and `check_prunable`.
+        DataError: as for `check_prunable`.
+    """
+    check_prunable(run, home)
+    return RunDirectory.open(run.path, recipe=run.recipe, config=run.config, home=home)
+
+
+def plan_prune(
+    control: ControlPlane, log_path: Path, policy: RetentionPolicy, *, home: Path, keep: Collection[str] = ()
+) -> PrunePlan:
+    """Decide what a prune would delete. Nothing is touched.
+
+    Always kept: the newest commit, the newest one that the backend still has, the newest promotable row, what another
+    run's record names or begins from, and rows whose snapshots cannot be told (they were written by other code).
+
+    Args:
+        log_path: the run directory. Of a live run only its owner may prune.
+        home: whose other runs are looked at.
+        keep: names of rows and snapshots to keep besides: the one that the run's deployment serves, for one.
+
+    Raises:
+        CheckpointError: a record, of this run or of another one, is damaged.
+        ProvisioningError: the backend cannot be asked.
+    """
+    rows = read_checkpoints(log_path)
+    listed = list_snapshots(control, trainers_of(log_path))
+    others = _named_by_others(home, StoredRun.read(log_path).run_id)
+    kept = _kept(rows, policy, listed, others, keep)
+    dropped = tuple(row for row in rows if row.name not in kept)
+    named = {ref for row in rows if row.name in kept for ref in snapshots_of(row)}
+    begun = _begun(log_path)
+    candidates = {ref for row in dropped for ref in snapshots_of(row)} | set(begun)
+    own = own_trainers(log_path)
+    candidates |= {ref for ref in listed if ref.job_id in own}
+    candidates -= named | set(others)
+    return PrunePlan(
+        kept=kept,
+        rows=dropped,
+        snapshots=tuple(found for ref, found in listed.items() if ref in candidates and ref.name not in keep),
+        unfinished=tuple(ref for ref in begun if ref in candidates and ref not in listed),
+    )
+
+
+def prune(control: ControlPlane, run: RunDirectory, plan: PrunePlan) -> PruneResult:
+    """Do what `plan_prune` decided: the record first, the data after it.
+
+    Raises:
+        LeaseLost: the run is not this process's any more.
+        CheckpointError: the record cannot be written; nothing was deleted.
+        ProvisioningError: the backend is gone. The next prune goes on.
+    """
+    if plan.is_empty:
+        return PruneResult((), (), ())
+    with run.guard():
+        _write_begun(run.path, [*(snapshot.ref for snapshot in plan.snapshots), *plan.unfinished])
+        drop_checkpoints(run.path, {row.name for row in plan.rows})
+    deleted: list[Snapshot] = []
+    left: list[tuple[Snapshot, str]] = []
+    for ref in plan.unfinished:
+        control.delete_checkpoint(ref.job_id, ref.name, ref.kind)
+    for snapshot in plan.snapshots:
+        refusal = _delete(control, snapshot.ref)
+        if refusal is None:
+            deleted.append(snapshot)
+        else:
+            logger.warning("%s was not deleted: %s", snapshot.ref, refusal)
+            left.append((snapshot, refusal))
+    with run.guard():
+        _write_begun(run.path, [snapshot.ref for snapshot, _ in left])
+    return PruneResult(tuple(row.name for row in plan.rows), tuple(deleted), tuple(left))
+
+
+def _delete(control: ControlPlane, ref: SnapshotRef) -> str | None:
+    """Delete a snapshot; the backend's words when it will not."""
+    try:
+        control.delete_checkpoint(ref.job_id, ref.name, ref.kind)
+    except ProvisioningError as error:
+        if not _REFUSED.search(str(error)):
+            raise
+        return str(error)
+    return None
+
+
+def _kept(
+    rows: Sequence[CheckpointRow],
+    policy: RetentionPolicy,
+    listed: Mapping[SnapshotRef, Snapshot],
+    others: Mapping[SnapshotRef, str],
+    keep: Collection[str],
+) -> dict[str, str]:
+    """Name -> why, in the order of the rows; the strongest reason wins."""
+    resumable = [row for row in rows if row.state_path]
+    there = [row for row in resumable if any(ref in listed and ref.kind == "state" for ref in snapshots_of(row))]
+    promotable = [row for row in rows if row.sampler_path]
+    newest = len(rows) - policy.keep_last
+    reasons: dict[str, str] = {}
+    for number, row in enumerate(rows):
+        refs = snapshots_of(row)
+        if row in resumable[-1:]:
+            reasons[row.name] = "the last commit"
+        elif used := [others[ref] for ref in refs if ref in others]:
+            reasons[row.name] = f"run {used[0]} needs it"
+        elif row.name in keep or any(ref.name in keep for ref in refs):
+            reasons[row.name] = "in use"
+        elif row in promotable[-1:]:
+            reasons[row.name] = "the last promotable one"
+        elif row in there[-1:]:
+            reasons[row.name] = "the last commit that the backend has"
+        elif number >= newest:
+            reasons[row.name] = f"one of the last {policy.keep_last}"
+        elif policy.keep_every is not None and row.step % policy.keep_every == 0:
+            reasons[row.name] = f"step {row.step:,} is a multiple of {policy.keep_every:,}"
+        elif len(refs) != bool(row.state_path) + bool(row.sampler_path):
+            reasons[row.name] = "its row does not say where its snapshots are"
+    return reasons
+
+
+def _named_by_others(home: Path, run_id: str) -> dict[SnapshotRef, str]:
+    """Snapshots that the other runs of a home need -> the run: those of their rows, and what they began from."""
+    found: dict[SnapshotRef, str] = {}
+    for entry in list_runs(home):
+        if entry.run_id == run_id or entry.state == "gone":
+            continue
+        refs = [ref for row in read_checkpoints(entry.path) for ref in snapshots_of(row)]
+        refs += _begins_from(StoredRun.read(entry.path))
+        found |= dict.fromkeys(refs, entry.run_id)
+    return found
+
+
+def _begins_from(run: StoredRun) -> list[SnapshotRef]:
+    """The state of `init_from_checkpoint`: "job:name", or "name" of the run's own trainer."""
+    reference = run.config.get("init_from_checkpoint")
+    if not reference:
+        return []
+    job_id, _, name = str(reference).rpartition(":")
+    adopted = run.config.get("policy_job_id")
+    jobs = [job_id] if job_id else [adopted] if adopted else own_trainers(run.path)
+    return [SnapshotRef(job, CheckpointKind.STATE, name) for job in jobs]
+
+
+def _begun(log_path: Path) -> list[SnapshotRef]:
+    """What an earlier prune was about to delete."""
+    entries: list[dict[str, Any]] = (read_json(log_path / PRUNING_FILE) or {}).get("snapshots", [])
+    return [SnapshotRef(entry["job_id"], CheckpointKind(entry["kind"]), entry["name"]) for entry in entries]
+
+
+def _write_begun(log_path: Path, refs: Sequence[SnapshotRef]) -> None:
+    path = log_path / PRUNING_FILE
+    if refs:
+        entries = [{"job_id": ref.job_id, "kind": ref.kind.value, "name": ref.name} for ref in refs]
+        write_json(path, {"snapshots": entries})
+    else:
+        path.unlink(missing_ok=True)

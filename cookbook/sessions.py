@@ -1,0 +1,141 @@
+"""What `cookbook chat` and `cookbook serve` make on a backend: written down as a run's resources are, freed at the end.
+
+A session is a run directory under <home>/sessions, listed among the runs while it lasts and removed with its
+deployments. What a killed one leaves is freed by the next; where there is none, by the backend, as nobody asks it.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import signal
+import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+from cookbook.config import DeployConfig
+from cookbook.control_plane import ControlPlane
+from cookbook.deadlines import Deadline
+from cookbook.deployments import DeploymentHandle, deploy_model, release_deployments
+from cookbook.errors import CookbookError
+from cookbook.files import read_json
+from cookbook.ledger import ResourceLedger
+from cookbook.run import RunDirectory, list_runs
+
+__all__ = ["Session", "ending_on_signals", "open_session"]
+
+FOLDER = "sessions"
+
+_RELEASE_TIMEOUT_S = 30.0
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Session:
+    """Models deployed for as long as a command runs."""
+
+    control: ControlPlane
+    run: RunDirectory
+    ledger: ResourceLedger
+
+    def deploy(self, model: str, deployment: DeployConfig, *, role: str = "deployment") -> DeploymentHandle:
+        """Have a model ready. Again with the same role: it is asked for a token, and made anew if it is gone.
+
+        Raises:
+            ProvisioningError, ModelError, ConfigError, LeaseLost: as for `deploy_model`.
+        """
+        deadline = Deadline(deployment.deployment_timeout_s)
+        return deploy_model(
+            self.control, self.ledger, model, deployment, run_id=self.run.run_id, role=role, deadline=deadline
+        )
+
+
+@contextmanager
+def open_session(kind: str, control: ControlPlane, home: Path) -> Iterator[Session]:
+    """A session whose deployments are deleted at the end, whatever ends it. Ctrl-C cannot break that off.
+
+    Args:
+        kind: "chat" or "serve": first part of its id.
+        control: the backend. Sessions on it that were killed are cleaned up too.
+        home: COOKBOOK_HOME.
+
+    Raises:
+        CheckpointError: the home cannot be written.
+    """
+    _clean_up(control, home)
+    (home / FOLDER).mkdir(parents=True, exist_ok=True)
+    path = Path(tempfile.mkdtemp(prefix=f"{kind}-", dir=home / FOLDER))
+    with RunDirectory.open(path, recipe=kind, config={"backend": control.backend}, home=home) as run:
+        try:
+            yield Session(control, run, ResourceLedger(run))
+        finally:
+            with _undisturbed():
+                _end(control, run, home)
+
+
+@contextmanager
+def ending_on_signals() -> Iterator[None]:
+    """SIGTERM and SIGHUP end the block with SystemExit (128 + number), so that everything it holds is freed.
+
+    A signal that is ignored, as under nohup, stays ignored.
+    """
+
+    def end(number: int, _: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    numbers = [n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) != signal.SIG_IGN]
+    before = {number: signal.signal(number, end) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _clean_up(control: ControlPlane, home: Path) -> None:
+    """Free what sessions on this backend have left that were killed."""
+    for record in list_runs(home):
+        if record.path.parent != home / FOLDER:
+            continue
+        if record.state == "gone":
+            _registry_entry(home, record.run_id).unlink(missing_ok=True)
+        elif record.state == "stopped":
+            config = (read_json(record.path / "run.json") or {}).get("config") or {}
+            if config.get("backend") != control.backend:
+                continue
+            try:
+                with RunDirectory.open(record.path, recipe=record.recipe, config=config, home=home) as run:
+                    _end(control, run, home)
+            except CookbookError as error:  # another process is at it, or the backend refuses: it does not concern us
+                logger.warning("%s was not cleaned up: %s", record.path, error)
+
+
+def _end(control: ControlPlane, run: RunDirectory, home: Path) -> None:
+    """Delete a session's deployments, then its record; where a deployment cannot be deleted, the record stays."""
+    release_deployments(control, ResourceLedger(run), timeout_s=_RELEASE_TIMEOUT_S)
+    shutil.rmtree(run.path, ignore_errors=True)
+    _registry_entry(home, run.run_id).unlink(missing_ok=True)
+
+
+def _registry_entry(home: Path, run_id: str) -> Path:
+    return home / "runs" / f"{run_id}.json"
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Hold off the signals that would break off a clean-up."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,280 @@
+"""An open evaluation: what its tasks share. What it deployed is deleted at its end, whatever happens.
+
+Answers are kept as they come: an evaluation that was killed goes on from there, under the same seeds.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from prefect.artifacts import create_markdown_artifact, create_table_artifact
+from prefect.logging import get_run_logger
+
+from cookbook.config import Environment, environment
+from cookbook.control_plane import ControlPlane, connect
+from cookbook.deployments import DeploymentHandle, release_deployments
+from cookbook.errors import ConfigError, DataError, Problem
+from cookbook.evaluation.answers import AnswerFile, ReferenceLoss
+from cookbook.evaluation.report import EvaluationReport, RowResult, make_report
+from cookbook.evaluation.rows import EvaluationData, open_evaluation_rows
+from cookbook.evaluation_config import MODEL, EvaluationConfig
+from cookbook.files import read_json, write_json
+from cookbook.ledger import ResourceLedger
+from cookbook.rollouts.sampler import RolloutSampler
+from cookbook.run import EVALUATION_FILE, RunDirectory
+from cookbook.tracking import Start
+from cookbook.tracking.terminal import terminal_progress
+from cookbook.tracking.wandb_sink import WandbSink
+from tasks.record import Records
+from tasks.run import SHOWN, api_key
+
+__all__ = ["EvalRun", "open_evaluation"]
+
+SHOWN_ROWS = 50
+"""Rows of the table in the UI."""
+WANDB_ROWS = 1000
+PROGRESS_INTERVAL_S = 10.0
+
+logger = logging.getLogger(__name__)
+
+
+class EvalRun:
+    """What the tasks of one evaluation share. A plain class: Prefect does not search such arguments for futures."""
+
+    def __init__(self, config: EvaluationConfig, directory: RunDirectory, env: Environment) -> None:
+        self.config = config
+        self.directory = directory
+        self.env = env
+        self.ledger = ResourceLedger(directory)
+        self.records = Records(config)
+        self.wins: list[list[float]] = []
+        """Row -> sample -> 1, 0.5 or 0; empty with one model, or where nothing tells who wins."""
+        self._terminal = terminal_progress(directory.run_id)
+        self._data: EvaluationData | None = None
+        self._control: ControlPlane | None = None
+        self._sampler: RolloutSampler | None = None
+
+    @property
+    def data(self) -> EvaluationData:
+        """Rows, reward and judge; preflight_evaluation reads them."""
+        assert self._data is not None, "preflight_evaluation comes first"
+        return self._data
+
+    @data.setter
+    def data(self, data: EvaluationData) -> None:
+        self._data = data
+
+    @property
+    def control(self) -> ControlPlane:
+        """The control plane of the backend; the embedded one starts on first use."""
+        if self._control is None:
+            self._control = connect(self.config.backend, self.env, api_key(self.config.backend, self.env))
+        return self._control
+
+    @property
+    def sampler(self) -> RolloutSampler:
+        """The sampler of the model that is deployed now."""
+        assert self._sampler is not None, "provision_model comes first"
+        return self._sampler
+
+    def shape_context(self) -> int | None:
+        """Context length of the training shape in tokens; None where none is set. Reads, provisions nothing."""
+        name = self.config.infra.training_shape_id
+        return None if name is None else int(self.control.shape(name).max_supported_context_length)
+
+    def sample_from(self, deployment: DeploymentHandle) -> None:
+        """Send requests to this deployment from now on."""
+        config = self.config
+        self._close_sampler()
+        self._sampler = RolloutSampler(
+            self.control.deployments.inference_url,
+            deployment.model,
+            self.control.jobs.api_key,
+            None,
+            config.concurrency,
+            config.deployment.replica_count or 1,
+            float(config.deployment.sample_timeout),
+            config.retry,
+        )
+
+    def say(self, text: str) -> None:
+        """One piece of news, for the terminal and for the log of the run's page."""
+        self._terminal.event(text)
+        get_run_logger().info(text, extra=SHOWN)
+
+    def counter(self, what: str, total: int, done: int = 0) -> Callable[[], None]:
+        """Counts calls, from any thread, and says how many there were: at most every ten seconds."""
+        log, last, count = get_run_logger(), time.monotonic(), done
+
+        def counted() -> None:
+            nonlocal last, count
+            count += 1
+            if time.monotonic() - last >= PROGRESS_INTERVAL_S:
+                last = time.monotonic()
+                text = f"{count:,} of {total:,} {what}"
+                self._terminal.event(text)
+                log.info(text, extra=SHOWN)
+
+        return counted
+
+    # -- what is kept --------------------------------------------------------------------------------------------------
+
+    def answer_file(self, role: str) -> AnswerFile:
+        """The answers of the model in `role`, those of an earlier start included. To be closed."""
+        return AnswerFile(self.directory.path / f"answers-{role}.jsonl", self._fingerprint(role))
+
+    def losses(self, role: str) -> list[ReferenceLoss] | None:
+        """What the model in `role` makes of the reference answers; None while it was not measured."""
+        kept = read_json(self._losses_file(role))
+        if kept is None or kept["fingerprint"] != self._fingerprint(role):
+            return None
+        return [ReferenceLoss(**loss) for loss in kept["losses"]]
+
+    def keep_losses(self, role: str, losses: list[ReferenceLoss]) -> None:
+        """Write down what was measured."""
+        told = [{"index": loss.index, "nats": loss.nats, "num_tokens": loss.num_tokens} for loss in losses]
+        with self.directory.guard():
+            write_json(self._losses_file(role), {"fingerprint": self._fingerprint(role), "losses": told})
+
+    def is_measured(self, role: str) -> bool:
+        """Whether nothing is left to ask the model in `role`."""
+        with self.answer_file(role) as file:
+            is_answered = len(file.answers) == self.data.num_rows * self.config.samples_per_row
+        return is_answered and self.losses(role) is not None
+
+    def _losses_file(self, role: str) -> Path:
+        return self.directory.path / f"losses-{role}.json"
+
+    def _fingerprint(self, role: str) -> str:
+        """Of all that the answers of one model follow from."""
+        text = json.dumps([role, self.config.numbers(), self.data.fingerprint], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    # -- the end -------------------------------------------------------------------------------------------------------
+
+    def finished(self) -> EvaluationReport | None:
+        """The result of an earlier start; None while there is none.
+
+        Raises:
+            ConfigError: it was an evaluation of other rows: the data file has changed since.
+        """
+        found = EvaluationReport.read(self.directory.path)
+        if found is None:
+            return None
+        report, told = found
+        with suppress(DataError):  # the rows may be gone; the result is not
+            fingerprint = open_evaluation_rows(self.config, self.directory.path / "data").fingerprint
+            if fingerprint != told["data_fingerprint"]:
+                what = f"{self.config.dataset!r} has changed since the evaluation in {self.directory.path} ended."
+                raise ConfigError([Problem("dataset", what, "Restore it, or use a new log_path.")])
+        return report
+
+    def results(self) -> list[RowResult]:
+        """Every row with all that was said to it, in file order."""
+        answers, losses = {}, {}
+        for role in self.config.models:
+            with self.answer_file(role) as file:
+                answers[role] = file.answers
+            losses[role] = {loss.index: loss for loss in self.losses(role) or []}
+        samples = range(self.config.samples_per_row)
+        return [
+            RowResult(
+                index=row.index,
+                prompt=str(row.messages[-1]["content"]),
+                reference=None if row.reference is None else row.reference.text,
+                answers={role: [found[row.index, sample] for sample in samples] for role, found in answers.items()},
+                losses={role: found[row.index] for role, found in losses.items() if row.index in found},
+                wins=tuple(self.wins[place]) if self.wins else (),
+            )
+            for place, row in enumerate(self.data.rows[MODEL])
+        ]
+
+    def finish(self) -> EvaluationReport:
+        """Release what is left, record the result, show it."""
+        self.release()
+        path, run_id = self.directory.path, self.directory.run_id
+        report = make_report(self.config, run_id, path, self.results(), same_tokens=self.data.same_tokens)
+        with self.directory.guard():
+            extra = {"config": self.config.numbers(), "data_fingerprint": self.data.fingerprint}
+            report.write(path, extra)
+        self._track(report)
+        create_table_artifact(report.rows(SHOWN_ROWS), key=f"answers-{run_id}", description="Rows side by side")
+        create_markdown_artifact(report.to_markdown(), key=f"report-{run_id}", description="Report")
+        return report
+
+    def release(self) -> None:
+        """Delete what was deployed; an adopted deployment stays."""
+        try:
+            self._close_sampler()
+        finally:
+            # Also what an earlier start left behind that was killed, when this one had nothing to ask.
+            if any(record.state != "freed" for record in self.ledger.all()):
+                release_deployments(self.control, self.ledger)
+
+    def fail(self) -> None:
+        """Free what is deployed. Never raises: the error at hand matters more."""
+        try:
+            self.release()
+        except Exception as problem:
+            logger.warning("not everything could be released, it ends by itself when idle: %s", problem)
+
+    def _close_sampler(self) -> None:
+        sampler, self._sampler = self._sampler, None
+        if sampler is not None:
+            sampler.close()
+
+    def _track(self, report: EvaluationReport) -> None:
+        """Numbers and answers for W&B, where it is on."""
+        shown = self.config.model_dump(mode="json")
+        directory = self.directory
+        sink = WandbSink(
+            self.config.wandb,
+            self.env,
+            log_path=directory.path,
+            run_id=directory.run_id,
+            epoch=directory.epoch,
+            shown=shown,
+        )
+        sink.start(Start(0, 0, {}))
+        sink.log_table("evaluation/answers", report.rows(WANDB_ROWS))
+        sink.end(report.evaluation, failed=False)
+
+
+@contextmanager
+def open_evaluation(config: EvaluationConfig) -> Iterator[EvalRun]:
+    """Own the run directory of `config`, and free everything at the end, whatever happens.
+
+    Raises:
+        LeaseLost: another process owns it.
+        ConfigError: it holds the result of an evaluation with another config, or a run of a recipe.
+    """
+    env = environment()
+    contents = config.model_dump(mode="json")
+    _check_same(config, Path(config.log_path).expanduser().resolve())
+    with RunDirectory.open(config.log_path, recipe=config.recipe, config=contents, home=env.home) as directory:
+        run = EvalRun(config, directory, env)
+        try:
+            yield run
+        except BaseException:
+            run.fail()
+            raise
+
+
+def _check_same(config: EvaluationConfig, path: Path) -> None:
+    told = read_json(path / EVALUATION_FILE)
+    if told is None:
+        return
+    old, new = told["config"], config.numbers()
+    problems = [
+        Problem(name, f"is {new.get(name)!r}, but {path} has the result for {old.get(name)!r}.", "")
+        for name in sorted(old.keys() | new.keys())
+        if old.get(name) != new.get(name)
+    ]
+    if problems:
+        raise ConfigError([*problems, Problem("log_path", "is that of another evaluation.", "Use another one.")])
