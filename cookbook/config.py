@@ -721,6 +721,14 @@ class PreferenceConfig(ScheduledConfig):
     )
     evaluation: PreferenceEvalConfig = Field(default_factory=PreferenceEvalConfig, description="Held-out evaluation.")
 
+    def rule_problems(self) -> list[Problem]:
+        """As for all recipes, and: an interval of evaluations has something to evaluate on."""
+        problems = super().rule_problems()
+        if self.evaluation.interval > 0 and self.evaluation.dataset is None:
+            what = f"is {self.evaluation.interval}, but evaluation.dataset is None."
+            problems.append(Problem("evaluation.interval", what, "Set evaluation.dataset, or remove it."))
+        return problems
+
 
 class DPOWeightSyncConfig(WeightSyncConfig):
     """Intervals and deadlines of weight syncs and of distributed checkpoints (DCP). DPO syncs only when asked to."""
@@ -743,7 +751,12 @@ class DPOConfig(PreferenceConfig):
     ref_cache_concurrency: int = Field(
         16, ge=1, le=256, description="Requests for reference logprobs in flight, while training already runs."
     )
-    ref_cache_batch_size: int = Field(1, ge=1, le=1024, description="Pairs in one request for reference logprobs.")
+    ref_cache_batch_size: int = Field(
+        1,
+        ge=1,
+        le=1024,
+        description="Pairs in one request for reference logprobs. With 1 they depend on nothing but the pair, to the last bit.",
+    )
     weight_sync: DPOWeightSyncConfig = Field(
         default_factory=DPOWeightSyncConfig, description="Intervals of weight syncs and DCP saves."
     )
@@ -779,8 +792,11 @@ class DPOConfig(PreferenceConfig):
             )
             problems.append(Problem("infra.ref_training_shape_id", what, "Remove it."))
         if self.has_deployment:
-            problems += _deployment_problems(self)
-        return problems
+            return problems + _deployment_problems(self)
+        unused = ["deployment"] if self.deployment != DeployConfig() else []
+        unused += ["weight_sync.weight_sync_before_training"] if self.weight_sync.weight_sync_before_training else []
+        what = "is set, but weight_sync.weight_sync_interval is 0: there is no deployment."
+        return problems + [Problem(name, what, "Set the interval, or remove it.") for name in unused]
 
 
 class ORPOConfig(PreferenceConfig):

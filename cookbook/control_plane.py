@@ -35,6 +35,7 @@ _FIRST_PAUSE_S = 0.2
 _LONGEST_PAUSE_S = 5.0
 _HEALTH_TIMEOUT_S = 5.0
 _PROBE_TIMEOUT_S = 10.0
+_ANSWER_TIMEOUT_S = 600.0  # what a run gives a sampling request, too
 
 
 def connect(backend: str, env: Environment, api_key: str | None = None) -> ControlPlane:
@@ -61,7 +62,8 @@ def connect(backend: str, env: Environment, api_key: str | None = None) -> Contr
                 Problem(
                     "FIREWORKS_API_KEY",
                     f"is not set, and backend is {backend!r}.",
-                    "Set it (or save the Secret block fireworks-api-key), or use backend 'embedded'.",
+                    "Set it, or use backend 'embedded'. Flows (cookbook run, cookbook eval, a worker) also take it "
+                    "from the Prefect Secret block fireworks-api-key; other commands do not.",
                 )
             ]
         )
@@ -166,11 +168,12 @@ class ControlPlane:
         """All deployments of the account."""
         return self._list("deployments", timeout_s)
 
-    def delete_deployment(self, deployment_id: str, timeout_s: float = CALL_TIMEOUT_S) -> None:
-        """Delete a deployment. Nothing happens when there is none."""
+    def delete_deployment(self, deployment_id: str, timeout_s: float = CALL_TIMEOUT_S) -> bool:
+        """Delete a deployment. False when there is none."""
         deadline = Deadline(timeout_s)
         path = f"{self._account_path(deadline)}/deployments/{deployment_id}"
-        self._request("DELETE", path, deadline, params={"ignoreChecks": "true", "hard": "true"}, refusals=(404,))
+        params = {"ignoreChecks": "true", "hard": "true"}
+        return self._request("DELETE", path, deadline, params=params, refusals=(404,)) is not None
 
     def is_serving(self, model: str) -> bool:
         """Whether a deployment, by its name as a model, completes a prompt of two tokens."""
@@ -182,7 +185,10 @@ class ControlPlane:
             return False
 
     def completions_client(self) -> httpx.Client:
-        """A client for `completions` and `chat/completions`, both below inference/v1. An answer may take any time."""
+        """A client for `completions` and `chat/completions`, both below inference/v1.
+
+        An answer may take any time, but after 600 s without a byte of it the deployment is given up: httpx.ReadTimeout.
+        """
         return httpx.Client(**self._completions_options())
 
     def async_completions_client(self) -> httpx.AsyncClient:
@@ -224,7 +230,7 @@ class ControlPlane:
         return {
             "base_url": f"{self.deployments.inference_url}/inference/v1/",
             "headers": {"Authorization": f"Bearer {self._api_key}"},
-            "timeout": httpx.Timeout(None, connect=_PROBE_TIMEOUT_S),
+            "timeout": httpx.Timeout(_ANSWER_TIMEOUT_S, connect=_PROBE_TIMEOUT_S, pool=None),
             "trust_env": self.backend != "embedded",
         }
 

@@ -9,46 +9,45 @@ in cookbook/weight_sync.py.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 import logging
-import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
+import httpx
 from fireworks.training.sdk import DeploymentConfig
 
 from cookbook.config import DeployConfig, DeployedConfig, RLConfig
 from cookbook.control_plane import CALL_TIMEOUT_S, ControlPlane, Deployment
 from cookbook.deadlines import Deadline
+from cookbook.deployment_request import (
+    ROLE,
+    ServedModel,
+    deployment_id_of,
+    deployment_request,
+    request_fingerprint,
+)
+from cookbook.deployment_state import DELETED, FAILED, is_scaled_to_zero, status_of, wait_until_ready
 from cookbook.errors import ConfigError, Problem, ProvisioningError
 from cookbook.ledger import ResourceLedger, ResourceRecord
-from cookbook.models.folders import resolve_model
 from cookbook.provisioning import TrainerHandle, wire_model
 
 __all__ = [
+    "LANDING_S",
     "DeploymentHandle",
     "attach_trainer",
     "deploy_model",
-    "deployment_id_of",
     "provision_deployment",
     "release_deployments",
-    "served_model",
 ]
 
-ROLE = "sampler"
-READY = "READY"
-STARTING = ("CREATING", "UPDATING")
-FAILED = "FAILED"
-DELETED = ("DELETING", "DELETED")
+LANDING_S = 5.0
+"""How long a release waits for a deployment whose creation was given up: its request may still be on its way."""
 
-_GONE: Deployment = {"state": "DELETED", "statusMessage": "there is no such deployment"}
-_LONGEST_ID = 63
+_REFUSALS = (400, 401, 403, 404, 422)
 _FIRST_PAUSE_S = 0.1
-_LONGEST_PAUSE_S = 5.0
 _ATTACH_POLL_S = 2.0
+_LANDING_PAUSE_S = 0.2
 _TRAINER_WAIT_S = 60.0  # for the trainer job to be created by another thread; it need not be ready
 
 logger = logging.getLogger(__name__)
@@ -86,19 +85,6 @@ class _Wanted:
     """Whether it is ready only once it answers: one that scales to zero says READY without a replica."""
 
 
-def deployment_id_of(base_model: str, run_id: str, generation: int, role: str = ROLE) -> str:
-    """The id of a run's own deployment: model, run, the role if it is not the sampler's, the generation from the
-    second one on.
-
-    >>> deployment_id_of("accounts/local/models/SmolLM2-135M", "rl-1f2e3d4c", 2)
-    'smollm2-135m-rl-1f2e3d4c-g2'
-    """
-    end = f"-{run_id}" + ("" if role == ROLE else f"-{role}") + ("" if generation == 1 else f"-g{generation}")
-    last = base_model.rstrip("/").rsplit("/", 1)[-1].lower()
-    slug = re.sub(r"[^a-z0-9]+", "-", last)[: _LONGEST_ID - len(end)].strip("-")
-    return f"{slug or 'model'}{end}"
-
-
 def provision_deployment(
     control: ControlPlane,
     ledger: ResourceLedger,
@@ -131,11 +117,11 @@ def provision_deployment(
     if config.deployment.deployment_id is not None:
         handle = _adopt(control, config.deployment.deployment_id, base_model, deadline)
     else:
-        request = _request(control, config.deployment, base_model, config.infra.training_shape_id, deadline)
+        request = deployment_request(control, config.deployment, base_model, config.infra.training_shape_id, deadline)
         wanted = _Wanted(
             role=ROLE,
             request=request,
-            spec=_fingerprint(request, config.deployment.deployment_shape or config.infra.training_shape_id),
+            spec=request_fingerprint(request, config.deployment.deployment_shape or config.infra.training_shape_id),
             trainer_job=lambda: _job_name(control, ledger, config, trainer, deadline),
             probed=False,
         )
@@ -148,7 +134,7 @@ def provision_deployment(
 def deploy_model(
     control: ControlPlane,
     ledger: ResourceLedger,
-    model: str,
+    model: ServedModel,
     deployment: DeployConfig,
     *,
     run_id: str,
@@ -164,7 +150,7 @@ def deploy_model(
 
     Args:
         ledger: the run's resources; `release_deployments` deletes what was made.
-        model: a name of `cookbook models list`, a folder, or a model resource of the backend.
+        model: what `served_model` found.
         deployment: where and how. A changed one gives a new deployment.
         run_id: part of the deployment's id.
         role: what it is to the run, in a-z, 0-9 and "-"; part of its id.
@@ -173,42 +159,26 @@ def deploy_model(
 
     Raises:
         ProvisioningError: the deployment failed (with the backend's message), was deleted meanwhile, or is late.
-        ModelError, ConfigError: the model or what `deployment` asks for cannot be had.
-        LeaseLost: another process owns the run.
+        ConfigError: what `deployment` asks for cannot be had.
+        LeaseLost: another process owns the run, or it is ending.
     """
-    base_model = served_model(model, control.backend, control.models_dir)
     if deployment.deployment_id is not None:
-        return _adopt(control, deployment.deployment_id, base_model, deadline)
+        return _adopt(control, deployment.deployment_id, model.name, deadline)
     shape = deployment.deployment_shape or training_shape_id
     if control.backend != "embedded" and not shape and deployment.deployment_accelerator_type is None:
         what = f"neither deployment_shape nor deployment_accelerator_type is set, with backend {control.backend!r}."
         raise ConfigError([Problem("deployment", what, "Set deployment.deployment_shape.")])
     request = dataclasses.replace(
-        _request(control, deployment, base_model, training_shape_id, deadline),
+        deployment_request(control, deployment, model.name, training_shape_id, deadline),
         min_replica_count=deployment.replica_count or 0,
         hot_load_bucket_type=None,
         hot_load_transition_type=None,
         enable_hot_load=False,
         for_training=False,
+        extra_values={**(deployment.extra_values or {}), **model.extra_values} or None,
     )
-    wanted = _Wanted(role, request, _fingerprint(request, shape), trainer_job=lambda: None, probed=True)
+    wanted = _Wanted(role, request, request_fingerprint(request, shape), trainer_job=lambda: None, probed=True)
     return _own(control, ledger, wanted, run_id, deadline)
-
-
-def served_model(model: str, backend: str, models_dir: Path) -> str:
-    """The name on the wire of a model to deploy: as `wire_model`, and LoRA adapters (PEFT folders) too.
-
-    Raises:
-        ModelError: no such model on this machine.
-        ConfigError: not a resource name.
-    """
-    if backend == "embedded":
-        folder = resolve_model(model, models_dir, adapters=True)
-        return f"accounts/local/models/{folder.name}" if folder.parent == models_dir.resolve() else str(folder)
-    if not model.startswith("accounts/"):
-        what = f"{model!r} is not a model resource, and backend is {backend!r}."
-        raise ConfigError([Problem("model", what, "Write accounts/<account>/models/<model>.")])
-    return model
 
 
 def attach_trainer(control: ControlPlane, deployment: DeploymentHandle, job_name: str, deadline: Deadline) -> None:
@@ -231,21 +201,40 @@ def attach_trainer(control: ControlPlane, deployment: DeploymentHandle, job_name
     )
 
 
-def release_deployments(control: ControlPlane, ledger: ResourceLedger, *, timeout_s: float = CALL_TIMEOUT_S) -> None:
+def release_deployments(
+    control: ControlPlane,
+    ledger: ResourceLedger,
+    *,
+    timeout_s: float = CALL_TIMEOUT_S,
+    landing_s: float = LANDING_S,
+) -> bool:
     """Delete a run's own deployments: a run that goes on makes the next one. An adopted one is not in the ledger.
+
+    One that was asked for, but never confirmed, may come yet: the request is on its way. Where it does not show within
+    `landing_s`, its record stays "intended", for whoever frees the run's resources next.
 
     Args:
         timeout_s: for each of them.
+        landing_s: for all of them together.
+
+    Returns:
+        Whether all are deleted.
 
     Raises:
         LeaseLost: another process owns the run, and may be using the deployments. Nothing was done.
         ProvisioningError: the backend did not do it.
     """
     ledger.check_lease()
-    for record in ledger.all():
-        if record.kind == "deployment" and record.state != "freed":
-            control.delete_deployment(record.resource_id, timeout_s)
-            ledger.freed(record)
+    landing = Deadline(landing_s)
+    left = [record for record in ledger.all() if record.kind == "deployment" and record.state != "freed"]
+    while True:
+        for record in tuple(left):
+            if control.delete_deployment(record.resource_id, timeout_s) or record.state == "confirmed":
+                ledger.freed(record)
+                left.remove(record)
+        if not left or landing.expired:
+            return not left
+        time.sleep(_LANDING_PAUSE_S)
 
 
 def _own(
@@ -262,13 +251,13 @@ def _own(
         name = deployment_id_of(base_model, run_id, generation, wanted.role)
         record = ledger.intend("deployment", wanted.role, generation, wanted.spec, resource_id=name)
     if found is None:
-        _create(control, wanted.request, record.resource_id, wanted.trainer_job(), deadline)
+        _create(control, ledger, record, wanted, deadline)
     if record.state == "intended":
         record = ledger.confirm(record)
-    ready = _wait_until_ready(control, record.resource_id, deadline, probed=wanted.probed or found is not None)
+    ready = wait_until_ready(control, record.resource_id, deadline, probed=wanted.probed or found is not None)
     if ready["state"] in (FAILED, *DELETED):
         if found is None:
-            what = f"deployment {record.resource_id} is {ready['state']}: {_status_of(ready)}"
+            what = f"deployment {record.resource_id} is {ready['state']}: {status_of(ready)}"
             raise ProvisioningError(f"{what}. The next attempt makes another one.")
         return _own(control, ledger, wanted, run_id, deadline)  # it has died meanwhile
     return _handle(control, record.resource_id, ready, base_model, deadline, generation=record.generation)
@@ -286,12 +275,12 @@ def _adopt(control: ControlPlane, deployment_id: str, base_model: str, deadline:
         what = f"deployment {deployment_id!r} serves {served}, base_model is {base_model}."
         raise ConfigError([Problem(where, what, "Name a deployment of the same model, or leave deployment_id out.")])
     ready = deployment
-    if not _is_scaled_to_zero(deployment):
-        ready = _wait_until_ready(control, deployment_id, deadline, probed=True)
-    if ready["state"] in (FAILED, *DELETED) or _is_scaled_to_zero(ready):
-        state = "scaled to zero" if _is_scaled_to_zero(ready) else ready["state"]
+    if not is_scaled_to_zero(deployment):
+        ready = wait_until_ready(control, deployment_id, deadline, probed=True)
+    if ready["state"] in (FAILED, *DELETED) or is_scaled_to_zero(ready):
+        state = "scaled to zero" if is_scaled_to_zero(ready) else ready["state"]
         raise ProvisioningError(
-            f"{where}: deployment {deployment_id!r} is {state}: {_status_of(ready)}. Bring it back, or leave "
+            f"{where}: deployment {deployment_id!r} is {state}: {status_of(ready)}. Bring it back, or leave "
             "deployment_id out: the run then makes its own."
         )
     return _handle(control, deployment_id, ready, base_model, deadline, generation=0)
@@ -311,45 +300,30 @@ def _handle(
     return DeploymentHandle(deployment_id, name, model, base_model, adopted=generation == 0, generation=generation)
 
 
-def _request(
-    control: ControlPlane, wanted: DeployConfig, base_model: str, training_shape_id: str | None, deadline: Deadline
-) -> DeploymentConfig:
-    """What to ask the backend for a deployment that hot loads, without an id and a trainer job."""
-    shape, accelerator = wanted.deployment_shape, wanted.deployment_accelerator_type
-    if shape is None and accelerator is None and training_shape_id is not None:
-        shape = control.shape(training_shape_id, _left(deadline)).deployment_shape_version
-    if not shape and accelerator is None:
-        accelerator = "CPU"  # only the embedded backend gets here: the config wants one of them otherwise
-    replicas = wanted.replica_count or 1
-    hardware = {"deployment_shape": shape} if shape else {"accelerator_type": accelerator}
-    return DeploymentConfig(
-        deployment_id="",
-        base_model=base_model,
-        **hardware,
-        accept_shapeless_risk=not shape,
-        region=wanted.deployment_region,
-        min_replica_count=replicas,
-        max_replica_count=replicas,
-        hot_load_bucket_type=wanted.hot_load_bucket_type,
-        hot_load_transition_type="SYNC",  # a sequence in flight ends on the weights that it began with
-        disable_speculative_decoding=wanted.disable_speculative_decoding,
-        extra_args=wanted.deployment_extra_args,
-        extra_values=wanted.extra_values,
-        for_training=True,  # so that the backend may free it when this process and the trainer are gone
-    )
-
-
-def _fingerprint(request: DeploymentConfig, shape: str | None) -> str:
-    """What was asked for. A shape as the config names it: a new version of it does not make a deployment wrong."""
-    values = dataclasses.asdict(request) | {"deployment_shape": shape}
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
-
-
 def _create(
-    control: ControlPlane, request: DeploymentConfig, name: str, job_name: str | None, deadline: Deadline
+    control: ControlPlane, ledger: ResourceLedger, record: ResourceRecord, wanted: _Wanted, deadline: Deadline
 ) -> None:
-    named = dataclasses.replace(request, deployment_id=name, hot_load_trainer_job=job_name)
-    control.call(f"creating deployment {name}", lambda: control.deployments.create_or_get(named), _left(deadline))
+    """Ask for the deployment of a record, which is freed at once when the backend says no: nothing can come any more.
+
+    After any other failure it may.
+    """
+    name, refusals = record.resource_id, []
+    named = dataclasses.replace(wanted.request, deployment_id=name, hot_load_trainer_job=wanted.trainer_job())
+
+    def create() -> None:
+        try:
+            control.deployments.create_or_get(named)
+        except httpx.HTTPStatusError as error:
+            refusals.append(error.response.status_code)
+            raise
+
+    ledger.check_lease()  # waiting for the trainer takes a while, and the run may have ended
+    try:
+        control.call(f"creating deployment {name}", create, _left(deadline))
+    except ProvisioningError:
+        if any(status in _REFUSALS for status in refusals):
+            ledger.freed(record)
+        raise
 
 
 def _job_name(
@@ -384,7 +358,7 @@ def _is_usable(record: ResourceRecord, deployment: Deployment | None, spec: str)
         return False
     if deployment is None:
         return record.state == "intended"  # the process died before it could create it
-    return deployment["state"] not in (FAILED, *DELETED) and not _is_scaled_to_zero(deployment)
+    return deployment["state"] not in (FAILED, *DELETED) and not is_scaled_to_zero(deployment)
 
 
 def _discard(
@@ -401,42 +375,6 @@ def _discard(
     return ledger.freed(record)
 
 
-def _wait_until_ready(control: ControlPlane, deployment_id: str, deadline: Deadline, *, probed: bool) -> Deployment:
-    """Poll until the deployment serves, or cannot any more.
-
-    Its state may lag behind: a new one may answer before it is READY, and one that was there before may have died a
-    moment ago. A completion tells; one that is `probed` must give one, whatever its state says.
-    """
-    model = f"accounts/{control.account_id(_left(deadline))}/deployments/{deployment_id}"
-    pause = _FIRST_PAUSE_S
-    while True:
-        deployment = control.deployment(deployment_id, _left(deadline)) or _GONE
-        state = deployment["state"]
-        if state in (FAILED, *DELETED) or (state == READY and not probed):
-            return deployment
-        if state in (READY, *STARTING) and control.is_serving(model):
-            return deployment
-        if deadline.expired:
-            raise ProvisioningError(
-                f"deployment {deployment_id} was not ready within deployment.deployment_timeout_s="
-                f"{deadline.seconds:g} s: it is {state} ({_status_of(deployment)}). Raise "
-                "deployment.deployment_timeout_s, or start the run again to wait on."
-            )
-        time.sleep(min(pause, deadline.remaining()))
-        pause = min(1.5 * pause, _LONGEST_PAUSE_S)
-
-
-def _is_scaled_to_zero(deployment: Deployment) -> bool:
-    return deployment.get("maxReplicaCount") == 0
-
-
 def _left(deadline: Deadline) -> float:
     """Seconds for the next call: at least one, so that a late call is reported as what was waited for."""
     return max(1.0, deadline.remaining())
-
-
-def _status_of(deployment: Deployment) -> str:
-    """The backend's own words about a deployment."""
-    status = deployment.get("status")
-    detail = status.get("message") if isinstance(status, dict) else status
-    return str(deployment.get("statusMessage") or detail or "the backend gives no reason")

@@ -34,7 +34,8 @@ MODEL, AGAINST = "model", "against"
 """The two roles that a model can have in an evaluation; also the names of their fields."""
 
 FREE_FIELDS = ("concurrency", "deployment", "infra", "log_path", "retry", "reward_timeout_s", "timeout_s", "wandb")
-"""Fields that may differ when an evaluation goes on, or its result is read again: they change none of its numbers."""
+"""Fields that may differ when an evaluation goes on, or its result is read again: they change none of its numbers. What
+`served` takes out of deployment and infra does, and must be the same."""
 
 
 def _one_of_the_backends(value: str) -> str:
@@ -130,6 +131,11 @@ class EvaluationConfig(Config):
             return self.temperature
         return 0.0 if self.samples_per_row == 1 else 1.0
 
+    @property
+    def wants_answers(self) -> bool:
+        """Whether anything is done with answers: they are scored, or compared. Else only the loss is measured."""
+        return self.reward is not None or self.against is not None
+
     def tokenizer_of(self, role: str) -> str:
         """Model name or folder of the tokenizer of the model in this role."""
         return self.deployment.tokenizer_model or self.tokenizer_model or self.models[role]
@@ -143,7 +149,26 @@ class EvaluationConfig(Config):
         values = self.model_dump(mode="json")
         return {name: value for name, value in values.items() if name not in FREE_FIELDS} | {
             "deployment.tokenizer_model": self.deployment.tokenizer_model,
-            "deployment.deployment_id": self.deployment.deployment_id,
+            **self.served(MODEL),
+            **(self.served(AGAINST) if self.against is not None else {}),
+        }
+
+    def served(self, role: str) -> dict[str, Any]:
+        """All that changes what the model in `role` says, apart from its weights, as JSON data.
+
+        The number of threads is left out: it moves the last bits only.
+        """
+        deployment = self.deployment_of(role)
+        if deployment.deployment_id is not None:  # somebody else has decided the rest
+            return {"deployment.deployment_id": deployment.deployment_id}
+        accelerator = deployment.deployment_accelerator_type
+        shape = deployment.deployment_shape or (self.infra.training_shape_id if accelerator is None else None)
+        arguments = deployment.deployment_extra_args or []
+        return {
+            "deployment.deployment_shape": shape,
+            "deployment.deployment_accelerator_type": accelerator,
+            "deployment.deployment_extra_args": [each for each in arguments if not each.startswith("--threads=")],
+            "deployment.extra_values": deployment.extra_values,
         }
 
     @model_validator(mode="after")

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
-from cookbook.errors import CheckpointError
+from cookbook.errors import CheckpointError, LeaseLost
 from cookbook.files import append_jsonl, read_jsonl
 from cookbook.run import RESOURCES_FILE, RunDirectory
 
@@ -35,11 +36,20 @@ class ResourceLedger:
 
     def __init__(self, run: RunDirectory) -> None:
         self._run = run
+        self._closed = threading.Event()
+
+    def close(self) -> None:
+        """Have nothing made any more, by whichever thread still provisions: `intend` and `check_lease` raise LeaseLost.
+
+        To be done before the resources are freed. What was made can still be written down.
+        """
+        self._closed.set()
 
     def intend(
         self, kind: str, role: str, generation: int, spec: str = "", *, resource_id: str | None = None
     ) -> ResourceRecord:
         """Write down a resource that is about to be created; its id is `{run id}-{role}-g{generation}` if not given."""
+        self._check_open()
         name = resource_id or f"{self._run.run_id}-{role}-g{generation}"
         return self._append(ResourceRecord(name, kind, role, generation, state="intended", spec=spec))
 
@@ -59,14 +69,19 @@ class ResourceLedger:
         """Check that this process still owns the run.
 
         Raises:
-            LeaseLost: it does not; the run's resources are another's.
+            LeaseLost: it does not; the run's resources are another's. Or they are being freed.
         """
+        self._check_open()
         with self._run.guard():
             pass
 
     def all(self) -> list[ResourceRecord]:
         """Every resource the run ever asked for, in its latest state."""
         return read_resources(self._run.path)
+
+    def _check_open(self) -> None:
+        if self._closed.is_set():
+            raise LeaseLost(f"{self._run.run_id} is ending, and its resources are being freed; nothing more is made.")
 
     def _append(self, record: ResourceRecord) -> ResourceRecord:
         with self._run.guard():

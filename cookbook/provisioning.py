@@ -70,25 +70,27 @@ class TrainerHandle:
     """It was not made for this run, which never stops or deletes it."""
 
 
-def wire_model(base_model: str, backend: str, models_dir: Path) -> str:
+def wire_model(base_model: str, backend: str, models_dir: Path, *, adapters: bool = False) -> str:
     """The name of a base model on the wire.
 
     Args:
         base_model: as in the config.
         backend: "embedded": a model below `models_dir` becomes accounts/local/models/<id>, any other the absolute path
             of its folder. "fireworks": a resource name, unchanged.
+        adapters: a LoRA adapter will do, as for `resolve_model`.
 
     Raises:
         ModelError: no such model on this machine.
         ConfigError: not a resource name.
     """
     if backend == "embedded":
-        folder = resolve_model(base_model, models_dir)
+        folder = resolve_model(base_model, models_dir, adapters=adapters)
         is_known_by_name = folder.parent == models_dir.resolve()
         return f"accounts/local/models/{folder.name}" if is_known_by_name else str(folder)
     if not base_model.startswith("accounts/"):
         what = f"{base_model!r} is not a model resource, and backend is {backend!r}."
-        raise ConfigError([Problem("base_model", what, "Write accounts/<account>/models/<model>.")])
+        where = "model" if adapters else "base_model"
+        raise ConfigError([Problem(where, what, "Write accounts/<account>/models/<model>.")])
     return base_model
 
 

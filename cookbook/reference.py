@@ -7,6 +7,7 @@ own (`cookbook.provisioning.provision_reference`).
 from __future__ import annotations
 
 import logging
+import threading
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Self, overload
@@ -48,7 +49,7 @@ class Reference:
         """
         self._client = client
         self._timeout_s = timeout_s
-        self._is_closed = False
+        self._closed = threading.Event()
 
     @property
     def job_id(self) -> str:
@@ -101,10 +102,13 @@ class Reference:
                     continue  # there may be room for another
                 output = sent[0].result(self._timeout_s)
             except TrainerLost as error:
-                if is_retry or self._is_closed:
+                if is_retry or self._closed.is_set():
                     raise
                 logger.info("the reference's session is lost, opening another: %s", error)
                 self._client.reconnect()
+                if self._closed.is_set():  # meanwhile, by another thread: the new session would stay open
+                    self._client.close()
+                    raise
                 sent.clear()
                 is_retry = True
                 continue
@@ -129,7 +133,7 @@ class Reference:
 
     def close(self) -> None:
         """End the session. A `stream` that is still read ends with TrainerLost."""
-        self._is_closed = True
+        self._closed.set()
         self._client.close()
 
     def __enter__(self) -> Self:

@@ -32,7 +32,7 @@ class ReferenceFiller:
     trainer's numbers depend on the request alone. With batch_size 1 they so depend on the pair alone; with more, on its
     neighbours too, in the last bits.
 
-    The reference is used by this thread only, until the filler is closed; close it before the reference.
+    The reference belongs to the filler, whose thread alone uses it; it is closed with it.
 
     >>> with ReferenceFiller(cache, reference, pairs, concurrency=16, batch_size=1, timeout_s=600) as filler:
     ...     filler.references(batch.pairs, timeout_s=600)  # doctest: +SKIP
@@ -117,10 +117,11 @@ class ReferenceFiller:
         return self._is_complete
 
     def close(self) -> None:
-        """Stop within seconds. What was computed is kept; requests in flight are given up."""
+        """Stop, and close the reference. What was computed is kept; requests in flight are given up."""
         with self._changed:
             self._is_closed = True
             self._changed.notify_all()
+        self._reference.close()  # ends the wait for an answer
         self._thread.join(_CLOSE_TIMEOUT_S)
 
     def __enter__(self) -> Self:

@@ -21,10 +21,13 @@ from cookbook.snapshots import (
     Snapshot,
     SnapshotRef,
     StoredRun,
+    adopted_by_others,
+    begins_from,
     list_snapshots,
     own_trainers,
     snapshots_of,
     trainers_of,
+    unplaced_names,
 )
 
 if TYPE_CHECKING:
@@ -42,7 +45,8 @@ __all__ = [
 
 PRUNING_FILE = "pruning.json"
 
-_REFUSED = re.compile(r"HTTP 4\d\d")
+_REFUSED = re.compile(r"HTTP (?!401|403|408|429)4\d\d")
+"""What the backend says of one snapshot; the others are about the caller, or say to come again."""
 
 logger = logging.getLogger(__name__)
 
@@ -141,7 +145,8 @@ def plan_prune(
     """Decide what a prune would delete. Nothing is touched.
 
     Always kept: the newest commit, the newest one that the backend still has, the newest promotable row, what another
-    run's record names or begins from, and rows whose snapshots cannot be told (they were written by other code).
+    run's record names or begins from, and rows whose snapshots cannot be told (they were written by other code), with
+    every snapshot that they may mean. In a trainer that another run has adopted, only what the rows named goes.
 
     Args:
         log_path: the run directory. Of a live run only its owner may prune.
@@ -154,15 +159,17 @@ def plan_prune(
     """
     rows = read_checkpoints(log_path)
     listed = list_snapshots(control, trainers_of(log_path))
-    others = _named_by_others(home, StoredRun.read(log_path).run_id)
+    run = StoredRun.read(log_path)
+    others, unplaced = _named_by_others(home, run)
     kept = _kept(rows, policy, listed, others, keep)
     dropped = tuple(row for row in rows if row.name not in kept)
     named = {ref for row in rows if row.name in kept for ref in snapshots_of(row)}
     begun = _begun(log_path)
     candidates = {ref for row in dropped for ref in snapshots_of(row)} | set(begun)
-    own = own_trainers(log_path)
-    candidates |= {ref for ref in listed if ref.job_id in own}
-    candidates -= named | set(others)
+    swept = set(own_trainers(log_path)) - adopted_by_others(home, run.run_id)
+    candidates |= {ref for ref in listed if ref.job_id in swept and ref.name not in unplaced}
+    unplaced = {name for row in rows if row.name in kept for name in unplaced_names(row)}
+    candidates -= named | set(others) | {ref for ref in candidates if ref.name in unplaced}
     return PrunePlan(
         kept=kept,
         rows=dropped,
@@ -184,20 +191,18 @@ def prune(control: ControlPlane, run: RunDirectory, plan: PrunePlan) -> PruneRes
     with run.guard():
         _write_begun(run.path, [*(snapshot.ref for snapshot in plan.snapshots), *plan.unfinished])
         drop_checkpoints(run.path, {row.name for row in plan.rows})
-    deleted: list[Snapshot] = []
     left: list[tuple[Snapshot, str]] = []
-    for ref in plan.unfinished:
-        control.delete_checkpoint(ref.job_id, ref.name, ref.kind)
-    for snapshot in plan.snapshots:
+    unlisted = [Snapshot(ref, promotable=False, created="", size_bytes=None) for ref in plan.unfinished]
+    for snapshot in [*unlisted, *plan.snapshots]:
         refusal = _delete(control, snapshot.ref)
-        if refusal is None:
-            deleted.append(snapshot)
-        else:
+        if refusal is not None:
             logger.warning("%s was not deleted: %s", snapshot.ref, refusal)
             left.append((snapshot, refusal))
     with run.guard():
         _write_begun(run.path, [snapshot.ref for snapshot, _ in left])
-    return PruneResult(tuple(row.name for row in plan.rows), tuple(deleted), tuple(left))
+    refused = {snapshot for snapshot, _ in left}
+    deleted = tuple(snapshot for snapshot in plan.snapshots if snapshot not in refused)
+    return PruneResult(tuple(row.name for row in plan.rows), deleted, tuple(left))
 
 
 def _delete(control: ControlPlane, ref: SnapshotRef) -> str | None:
@@ -245,27 +250,20 @@ def _kept(
     return reasons
 
 
-def _named_by_others(home: Path, run_id: str) -> dict[SnapshotRef, str]:
-    """Snapshots that the other runs of a home need -> the run: those of their rows, and what they began from."""
+def _named_by_others(home: Path, run: StoredRun) -> tuple[dict[SnapshotRef, str], set[str]]:
+    """Snapshots that the other runs of a home need -> the run: those of their rows, and what they began from. And the
+    names that their rows give to snapshots of trainers that cannot be told."""
     found: dict[SnapshotRef, str] = {}
+    unplaced: set[str] = set()
     for entry in list_runs(home):
-        if entry.run_id == run_id or entry.state == "gone":
+        if entry.run_id == run.run_id or entry.state == "gone":
             continue
-        refs = [ref for row in read_checkpoints(entry.path) for ref in snapshots_of(row)]
-        refs += _begins_from(StoredRun.read(entry.path))
-        found |= dict.fromkeys(refs, entry.run_id)
-    return found
-
-
-def _begins_from(run: StoredRun) -> list[SnapshotRef]:
-    """The state of `init_from_checkpoint`: "job:name", or "name" of the run's own trainer."""
-    reference = run.config.get("init_from_checkpoint")
-    if not reference:
-        return []
-    job_id, _, name = str(reference).rpartition(":")
-    adopted = run.config.get("policy_job_id")
-    jobs = [job_id] if job_id else [adopted] if adopted else own_trainers(run.path)
-    return [SnapshotRef(job, CheckpointKind.STATE, name) for job in jobs]
+        rows, other = read_checkpoints(entry.path), StoredRun.read(entry.path)
+        refs = [ref for row in rows for ref in snapshots_of(row)]
+        found |= dict.fromkeys([*refs, *begins_from(other)], entry.run_id)
+        if other.backend in (run.backend, None):
+            unplaced |= {name for row in rows for name in unplaced_names(row)}
+    return found, unplaced
 
 
 def _begun(log_path: Path) -> list[SnapshotRef]:

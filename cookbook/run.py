@@ -230,8 +230,11 @@ class RunDirectory:
                 )
             yield
 
-    def pin_data(self, fingerprint: str) -> None:
+    def pin_data(self, fingerprint: str, *, sha256: str | None = None, num_rows: int | None = None) -> None:
         """Tie the run to its training data: the fingerprint of every rendered row.
+
+        Args:
+            sha256, num_rows: of the data file (of a procedural task: of its rows as a file), for the record.
 
         Raises:
             CheckpointError: the run has a commit, and was made on other data.
@@ -239,15 +242,15 @@ class RunDirectory:
         with self.guard():
             record = self._record()
             pinned = record["data_fingerprint"]
-            if pinned == fingerprint:
-                return
-            if pinned is not None and (step := _last_commit(self.path)) is not None:
+            if pinned not in (None, fingerprint) and (step := _last_commit(self.path)) is not None:
                 raise CheckpointError(
                     f"the data of run {self.run_id} in {self.path} has changed since its commit at step {step}: "
                     f"fingerprint {fingerprint}, was {pinned}. Rows would be trained twice or never. Restore the data "
                     "(and tokenizer), or start in a new log_path; init_from_checkpoint takes the weights along."
                 )
-            write_json(self.path / RUN_FILE, {**record, "data_fingerprint": fingerprint})
+            data = {"data_fingerprint": fingerprint, "data_sha256": sha256, "data_rows": num_rows}
+            if record | data != record:
+                write_json(self.path / RUN_FILE, record | data)
 
     def summary(self) -> RunSummary | None:
         """What the run came to, or None while it has not ended well."""

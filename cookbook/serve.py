@@ -111,7 +111,7 @@ class ServeApp:
         try:
             answer = await self._client.send(request, stream=True)
         except httpx.TransportError as error:
-            raise self._gone(name, f"{type(error).__name__}: {error}") from error
+            raise self.broken(name, error) from error
         if answer.status_code == 200:
             return answer
         try:
@@ -119,6 +119,13 @@ class ServeApp:
         finally:
             await answer.aclose()
         raise self._problem(name, refusal, answer.headers)
+
+    def broken(self, name: str, error: httpx.TransportError) -> _Problem:
+        """The problem of a request to which the deployment gave no answer. It is looked after at once."""
+        if not isinstance(error, httpx.ReadTimeout):
+            return self._gone(name, f"{type(error).__name__}: {error}")
+        self._on_gone(name)
+        return _Problem(504, f"model {name!r} did not answer in time. Ask again, for fewer tokens or as a stream.")
 
     def _problem(self, name: str, refusal: Refusal, headers: Mapping[str, str]) -> _Problem:
         if refusal.is_gone:
@@ -169,7 +176,7 @@ class _Completions:
             raw = [(key.encode("latin-1"), value.encode("latin-1")) for key, value in headers]
             is_stream = answer.headers.get("content-type", "").startswith("text/event-stream")
             if not is_stream:
-                whole = _renamed(await answer.aread(), name)
+                whole = _renamed(await self._whole(answer, name), name)
                 raw.append((b"content-length", str(len(whole)).encode()))
             await send({"type": "http.response.start", "status": 200, "headers": raw})
             if is_stream:
@@ -178,6 +185,12 @@ class _Completions:
                 await send({"type": "http.response.body", "body": whole, "more_body": False})
         finally:
             await answer.aclose()
+
+    async def _whole(self, answer: httpx.Response, name: str) -> bytes:
+        try:
+            return await answer.aread()
+        except httpx.TransportError as error:
+            raise self._app.broken(name, error) from error
 
 
 async def _pass_stream(answer: httpx.Response, name: str, send: Send) -> None:

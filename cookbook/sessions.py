@@ -13,20 +13,21 @@ import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
 from cookbook.config import DeployConfig
 from cookbook.control_plane import ControlPlane
 from cookbook.deadlines import Deadline
-from cookbook.deployments import DeploymentHandle, deploy_model, release_deployments
+from cookbook.deployment_request import ServedModel, served_model
+from cookbook.deployments import LANDING_S, DeploymentHandle, deploy_model, release_deployments
 from cookbook.errors import CookbookError
 from cookbook.files import read_json
 from cookbook.ledger import ResourceLedger
 from cookbook.run import RunDirectory, list_runs
 
-__all__ = ["Session", "ending_on_signals", "open_session"]
+__all__ = ["Session", "ending_on_signals", "open_session", "undisturbed"]
 
 FOLDER = "sessions"
 
@@ -42,16 +43,26 @@ class Session:
     control: ControlPlane
     run: RunDirectory
     ledger: ResourceLedger
+    _served: dict[str, ServedModel] = field(default_factory=dict, repr=False)
 
     def deploy(self, model: str, deployment: DeployConfig, *, role: str = "deployment") -> DeploymentHandle:
         """Have a model ready. Again with the same role: it is asked for a token, and made anew if it is gone.
 
+        The model is looked up the first time: a hub name then stays the same revision.
+
         Raises:
-            ProvisioningError, ModelError, ConfigError, LeaseLost: as for `deploy_model`.
+            ProvisioningError, ModelError, ConfigError, LeaseLost: as for `served_model` and `deploy_model`.
         """
-        deadline = Deadline(deployment.deployment_timeout_s)
+        if model not in self._served:
+            self._served[model] = served_model(model, self.control.backend, self.control.models_dir)
         return deploy_model(
-            self.control, self.ledger, model, deployment, run_id=self.run.run_id, role=role, deadline=deadline
+            self.control,
+            self.ledger,
+            self._served[model],
+            deployment,
+            run_id=self.run.run_id,
+            role=role,
+            deadline=Deadline(deployment.deployment_timeout_s),
         )
 
 
@@ -71,10 +82,12 @@ def open_session(kind: str, control: ControlPlane, home: Path) -> Iterator[Sessi
     (home / FOLDER).mkdir(parents=True, exist_ok=True)
     path = Path(tempfile.mkdtemp(prefix=f"{kind}-", dir=home / FOLDER))
     with RunDirectory.open(path, recipe=kind, config={"backend": control.backend}, home=home) as run:
+        session = Session(control, run, ResourceLedger(run))
         try:
-            yield Session(control, run, ResourceLedger(run))
+            yield session
         finally:
-            with _undisturbed():
+            with undisturbed():
+                session.ledger.close()  # a thread that still deploys makes nothing after this
                 _end(control, run, home)
 
 
@@ -110,14 +123,21 @@ def _clean_up(control: ControlPlane, home: Path) -> None:
                 continue
             try:
                 with RunDirectory.open(record.path, recipe=record.recipe, config=config, home=home) as run:
-                    _end(control, run, home)
+                    _end(control, run, home, is_owner_gone=True)
             except CookbookError as error:  # another process is at it, or the backend refuses: it does not concern us
                 logger.warning("%s was not cleaned up: %s", record.path, error)
 
 
-def _end(control: ControlPlane, run: RunDirectory, home: Path) -> None:
-    """Delete a session's deployments, then its record; where a deployment cannot be deleted, the record stays."""
-    release_deployments(control, ResourceLedger(run), timeout_s=_RELEASE_TIMEOUT_S)
+def _end(control: ControlPlane, run: RunDirectory, home: Path, *, is_owner_gone: bool = False) -> None:
+    """Delete a session's deployments, then its record; where a deployment cannot be deleted, the record stays.
+
+    So it does where one may still come, unless its owner, who asked for it, has long gone.
+    """
+    landing_s = 0.0 if is_owner_gone else LANDING_S
+    is_free = release_deployments(control, ResourceLedger(run), timeout_s=_RELEASE_TIMEOUT_S, landing_s=landing_s)
+    if not is_free and not is_owner_gone:
+        logger.warning("a deployment that was asked for has not come; should it, the next chat or serve deletes it")
+        return
     shutil.rmtree(run.path, ignore_errors=True)
     _registry_entry(home, run.run_id).unlink(missing_ok=True)
 
@@ -127,8 +147,8 @@ def _registry_entry(home: Path, run_id: str) -> Path:
 
 
 @contextmanager
-def _undisturbed() -> Iterator[None]:
-    """Hold off the signals that would break off a clean-up."""
+def undisturbed() -> Iterator[None]:
+    """Hold off the signals that would break off a clean-up. They are lost, not put off."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -5,6 +5,7 @@ Reads only. Commits are made in cookbook/checkpoints.py, snapshots deleted in co
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from cookbook.checkpoints import CheckpointKind, CheckpointRow, last_promotable,
 from cookbook.errors import DataError
 from cookbook.files import read_json
 from cookbook.ledger import read_resources
-from cookbook.run import RUN_FILE
+from cookbook.run import RUN_FILE, list_runs
 
 if TYPE_CHECKING:
     from cookbook.control_plane import ControlPlane
@@ -23,11 +24,14 @@ __all__ = [
     "Snapshot",
     "SnapshotRef",
     "StoredRun",
+    "adopted_by_others",
+    "begins_from",
     "find_promotable",
     "list_snapshots",
     "own_trainers",
     "snapshots_of",
     "trainers_of",
+    "unplaced_names",
 ]
 
 _CROSS_JOB = "cross_job://"
@@ -101,9 +105,39 @@ def snapshots_of(row: CheckpointRow) -> list[SnapshotRef]:
     return found
 
 
+def unplaced_names(row: CheckpointRow) -> set[str]:
+    """What a row's snapshots may be called whose trainer cannot be told: every part of their paths."""
+    kinds = {ref.kind for ref in snapshots_of(row)}
+    paths = {CheckpointKind.STATE: row.state_path, CheckpointKind.SAMPLER: row.sampler_path}
+    return {part for kind, path in paths.items() if path and kind not in kinds for part in re.split("[/:]+", path)}
+
+
 def own_trainers(log_path: Path) -> list[str]:
-    """Trainer jobs that the run itself asked for, oldest first: nobody else saves in them."""
+    """Trainer jobs that the run itself asked for, oldest first. A run that has adopted one saves in it too."""
     return [record.resource_id for record in read_resources(log_path) if record.kind == "trainer"]
+
+
+def adopted_by_others(home: Path, run_id: str) -> set[str]:
+    """Trainer jobs that the other runs of a home name in their configs: their snapshots may be there.
+
+    Raises:
+        CheckpointError: a run.json is damaged.
+    """
+    others = [entry.path for entry in list_runs(home) if entry.run_id != run_id and entry.state != "gone"]
+    configs = [StoredRun.read(path).config for path in others]
+    named = {config.get(name) for config in configs for name in ("policy_job_id", "reference_job_id")}
+    return {job_id for job_id in named if job_id}
+
+
+def begins_from(run: StoredRun) -> list[SnapshotRef]:
+    """The state of `init_from_checkpoint`: "job:name", or "name" of the run's own trainer."""
+    reference = run.config.get("init_from_checkpoint")
+    if not reference:
+        return []
+    job_id, _, name = str(reference).rpartition(":")
+    adopted = run.config.get("policy_job_id")
+    jobs = [job_id] if job_id else [adopted] if adopted else own_trainers(run.path)
+    return [SnapshotRef(job, CheckpointKind.STATE, name) for job in jobs]
 
 
 def trainers_of(log_path: Path) -> list[str]:

@@ -38,7 +38,7 @@ def dpo(config: DPOConfig) -> RunSummary:
         progress = restore(run, data.plan.total_steps)  # the last commit, or zeros on a fresh run
         fill_references(run, progress)  # in the background, ahead of training
         start_sync(run, progress)
-        evaluate_pairs(run, progress)  # held-out pairs before training; done already on a resume
+        evaluate_pairs(run, progress)  # held-out pairs before training
 
         for batch in data.batches(Position(progress.epoch, progress.position)):
             references = reference_logprobs(run, batch)  # waits in the first epoch, if at all
@@ -51,11 +51,11 @@ def dpo(config: DPOConfig) -> RunSummary:
             if due(config.weight_sync.dcp_save_interval, progress):
                 dcp_save(run, progress)
 
+        if config.save_final_checkpoint:
+            dcp_save(run, progress, kind="both")
         if config.has_deployment:
             weight_sync(run, progress)
         evaluate_pairs(run, progress)
-        if config.save_final_checkpoint:
-            dcp_save(run, progress, kind="both")
         if config.output_model_id is not None:
             promote(run)
         return run.finish(progress)

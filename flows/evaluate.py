@@ -25,7 +25,7 @@ def evaluate(config: EvaluationConfig) -> EvaluationReport:
     """Held-out loss, reward, pass@k and win rate, each with a bootstrap interval over rows.
 
     Both models answer the same rows under the same seeds, one after the other. Run it again with the same log_path: an
-    evaluation that was killed goes on with the answers that are missing, a finished one gives its result.
+    evaluation that was killed goes on with what is missing, and a finished one gives its result.
     """
     with open_evaluation(config) as run:
         if (report := run.finished()) is not None:
@@ -35,7 +35,7 @@ def evaluate(config: EvaluationConfig) -> EvaluationReport:
         for role in config.models:
             provision_model(run, role)  # each model has the hardware to itself
             measure_loss(run, role)  # of the reference answers, where rows have them
-            sample_answers(run, role)
+            sample_answers(run, role)  # where a reward or a second model makes something of them
             release_model(run)
         judge_answers(run)
         return run.finish()

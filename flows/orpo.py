@@ -34,7 +34,7 @@ def orpo(config: ORPOConfig) -> RunSummary:
         data = preflight_pairs(run)  # every pair rendered and counted, before anything costs money
         provision_trainer(run)
         progress = restore(run, data.plan.total_steps)  # the last commit, or zeros on a fresh run
-        evaluate_pairs(run, progress)  # held-out pairs before training; done already on a resume
+        evaluate_pairs(run, progress)  # held-out pairs before training
 
         for batch in data.batches(Position(progress.epoch, progress.position)):
             progress = train_pairs(run, batch, None, progress)
@@ -43,9 +43,9 @@ def orpo(config: ORPOConfig) -> RunSummary:
             if due(config.weight_sync.dcp_save_interval, progress):
                 dcp_save(run, progress)
 
-        evaluate_pairs(run, progress)
         if config.save_final_checkpoint:
             dcp_save(run, progress, kind="both")
+        evaluate_pairs(run, progress)
         if config.output_model_id is not None:
             promote(run)
         return run.finish(progress)

@@ -50,11 +50,11 @@ def rl(config: RLConfig) -> RunSummary:
             if due(config.weight_sync.dcp_save_interval, progress):
                 dcp_save(run, progress)
 
+        if config.save_final_checkpoint:
+            dcp_save(run, progress, kind="both")
         if config.weight_sync.weight_sync_interval > 0:
             weight_sync(run, progress)
         evaluate_rewards(run, progress)
-        if config.save_final_checkpoint:
-            dcp_save(run, progress, kind="both")
         if config.output_model_id is not None:
             promote(run)
         return run.finish(progress)

@@ -40,9 +40,9 @@ def sft(config: SFTConfig) -> RunSummary:
             if due(config.weight_sync.dcp_save_interval, progress):
                 dcp_save(run, progress)
 
-        evaluate(run, data, progress)
         if config.save_final_checkpoint:
             dcp_save(run, progress, kind="both")
+        evaluate(run, data, progress)
         if config.output_model_id is not None:
             promote(run)
         return run.finish(progress)

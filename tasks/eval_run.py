@@ -5,13 +5,12 @@ Answers are kept as they come: an evaluation that was killed goes on from there,
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from prefect.logging import get_run_logger
@@ -19,18 +18,22 @@ from prefect.logging import get_run_logger
 from cookbook.config import Environment, environment
 from cookbook.control_plane import ControlPlane, connect
 from cookbook.deployments import DeploymentHandle, release_deployments
-from cookbook.errors import ConfigError, DataError, Problem
-from cookbook.evaluation.answers import AnswerFile, ReferenceLoss
+from cookbook.errors import CheckpointError, ConfigError, DataError, ModelError, Problem
 from cookbook.evaluation.report import EvaluationReport, RowResult, make_report
-from cookbook.evaluation.rows import EvaluationData, open_evaluation_rows
+from cookbook.evaluation.rows import open_evaluation_rows
 from cookbook.evaluation_config import MODEL, EvaluationConfig
-from cookbook.files import read_json, write_json
+from cookbook.files import read_json
 from cookbook.ledger import ResourceLedger
+from cookbook.models.folders import HUB_NAME
+from cookbook.models.provenance import add_evaluation
 from cookbook.rollouts.sampler import RolloutSampler
 from cookbook.run import EVALUATION_FILE, RunDirectory
+from cookbook.served import served_snapshot
+from cookbook.sessions import undisturbed
 from cookbook.tracking import Start
 from cookbook.tracking.terminal import terminal_progress
 from cookbook.tracking.wandb_sink import WandbSink
+from tasks.eval_kept import KeptEvaluation
 from tasks.record import Records
 from tasks.run import SHOWN, api_key
 
@@ -44,31 +47,19 @@ PROGRESS_INTERVAL_S = 10.0
 logger = logging.getLogger(__name__)
 
 
-class EvalRun:
+class EvalRun(KeptEvaluation):
     """What the tasks of one evaluation share. A plain class: Prefect does not search such arguments for futures."""
 
     def __init__(self, config: EvaluationConfig, directory: RunDirectory, env: Environment) -> None:
-        self.config = config
-        self.directory = directory
-        self.env = env
+        super().__init__(config, directory, env)
         self.ledger = ResourceLedger(directory)
         self.records = Records(config)
         self.wins: list[list[float]] = []
         """Row -> sample -> 1, 0.5 or 0; empty with one model, or where nothing tells who wins."""
         self._terminal = terminal_progress(directory.run_id)
-        self._data: EvaluationData | None = None
         self._control: ControlPlane | None = None
         self._sampler: RolloutSampler | None = None
-
-    @property
-    def data(self) -> EvaluationData:
-        """Rows, reward and judge; preflight_evaluation reads them."""
-        assert self._data is not None, "preflight_evaluation comes first"
-        return self._data
-
-    @data.setter
-    def data(self, data: EvaluationData) -> None:
-        self._data = data
+        self._deployment: DeploymentHandle | None = None
 
     @property
     def control(self) -> ControlPlane:
@@ -92,6 +83,7 @@ class EvalRun:
         """Send requests to this deployment from now on."""
         config = self.config
         self._close_sampler()
+        self._deployment = deployment
         self._sampler = RolloutSampler(
             self.control.deployments.inference_url,
             deployment.model,
@@ -102,6 +94,30 @@ class EvalRun:
             float(config.deployment.sample_timeout),
             config.retry,
         )
+
+    def check_version(self, role: str) -> str:
+        """The snapshot that the deployment serves; "" = the model itself, as an own one always does.
+
+        Raises:
+            ModelError: it is not what the model in `role` was measured with until now.
+        """
+        assert self._deployment is not None, "provision_model comes first"
+        if not self._deployment.adopted:
+            return ""
+        served = served_snapshot(self.control, self._deployment)
+        for measured in self.versions(role):
+            self.check_same_version(role, measured, served)
+        return served
+
+    def check_same_version(self, role: str, measured: str, served: str) -> None:
+        """ModelError where two answers of the model in `role` came from different weights."""
+        if measured != served:
+            name = self.config.deployment_of(role).deployment_id
+            raise ModelError(
+                f"deployment {name!r} serves {_snapshot(served)} now, and was measured with {_snapshot(measured)}: "
+                "another one was hot loaded meanwhile, and their answers would be mixed. Let no training run load into "
+                "it, or evaluate a promoted model; then use a new log_path."
+            )
 
     def say(self, text: str) -> None:
         """One piece of news, for the terminal and for the log of the run's page."""
@@ -123,46 +139,13 @@ class EvalRun:
 
         return counted
 
-    # -- what is kept --------------------------------------------------------------------------------------------------
-
-    def answer_file(self, role: str) -> AnswerFile:
-        """The answers of the model in `role`, those of an earlier start included. To be closed."""
-        return AnswerFile(self.directory.path / f"answers-{role}.jsonl", self._fingerprint(role))
-
-    def losses(self, role: str) -> list[ReferenceLoss] | None:
-        """What the model in `role` makes of the reference answers; None while it was not measured."""
-        kept = read_json(self._losses_file(role))
-        if kept is None or kept["fingerprint"] != self._fingerprint(role):
-            return None
-        return [ReferenceLoss(**loss) for loss in kept["losses"]]
-
-    def keep_losses(self, role: str, losses: list[ReferenceLoss]) -> None:
-        """Write down what was measured."""
-        told = [{"index": loss.index, "nats": loss.nats, "num_tokens": loss.num_tokens} for loss in losses]
-        with self.directory.guard():
-            write_json(self._losses_file(role), {"fingerprint": self._fingerprint(role), "losses": told})
-
-    def is_measured(self, role: str) -> bool:
-        """Whether nothing is left to ask the model in `role`."""
-        with self.answer_file(role) as file:
-            is_answered = len(file.answers) == self.data.num_rows * self.config.samples_per_row
-        return is_answered and self.losses(role) is not None
-
-    def _losses_file(self, role: str) -> Path:
-        return self.directory.path / f"losses-{role}.json"
-
-    def _fingerprint(self, role: str) -> str:
-        """Of all that the answers of one model follow from."""
-        text = json.dumps([role, self.config.numbers(), self.data.fingerprint], sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()
-
     # -- the end -------------------------------------------------------------------------------------------------------
 
     def finished(self) -> EvaluationReport | None:
         """The result of an earlier start; None while there is none.
 
         Raises:
-            ConfigError: it was an evaluation of other rows: the data file has changed since.
+            ConfigError: it was an evaluation of other rows or of other weights: a file has changed since.
         """
         found = EvaluationReport.read(self.directory.path)
         if found is None:
@@ -173,6 +156,14 @@ class EvalRun:
             if fingerprint != told["data_fingerprint"]:
                 what = f"{self.config.dataset!r} has changed since the evaluation in {self.directory.path} ended."
                 raise ConfigError([Problem("dataset", what, "Restore it, or use a new log_path.")])
+        for role, fingerprint in told.get("model_fingerprints", {}).items():
+            name = self.config.models[role]
+            if HUB_NAME.fullmatch(name) and not Path(name).is_dir():
+                continue  # it may have to be downloaded first
+            with suppress(ModelError, CheckpointError):  # the model may be gone; the result is not
+                if self.weights(role) != fingerprint:
+                    what = f"the weights of {name!r} have changed since the evaluation in {self.directory.path} ended."
+                    raise ConfigError([Problem(role, what, "Restore them, or use a new log_path.")])
         return report
 
     def results(self) -> list[RowResult]:
@@ -182,7 +173,7 @@ class EvalRun:
             with self.answer_file(role) as file:
                 answers[role] = file.answers
             losses[role] = {loss.index: loss for loss in self.losses(role) or []}
-        samples = range(self.config.samples_per_row)
+        samples = range(self.config.samples_per_row if self.config.wants_answers else 0)
         return [
             RowResult(
                 index=row.index,
@@ -199,9 +190,16 @@ class EvalRun:
         """Release what is left, record the result, show it."""
         self.release()
         path, run_id = self.directory.path, self.directory.run_id
-        report = make_report(self.config, run_id, path, self.results(), same_tokens=self.data.same_tokens)
+        versions = {role: next(iter(self.versions(role)), "") for role in self.config.models}
+        report = make_report(
+            self.config, run_id, path, self.results(), same_tokens=self.data.same_tokens, versions=versions
+        )
         with self.directory.guard():
-            extra = {"config": self.config.numbers(), "data_fingerprint": self.data.fingerprint}
+            extra: dict[str, Any] = {"config": self.config.numbers(), "data_fingerprint": self.data.fingerprint}
+            extra["model_fingerprints"] = {role: self.weights(role) for role in self.config.models}
+            for role, model in self.config.models.items():
+                if self.config.deployment_of(role).deployment_id is None:  # an adopted one may serve other weights
+                    add_evaluation(self.env.home, model, role, {**report.to_dict(), **extra})
             report.write(path, extra)
         self._track(report)
         create_table_artifact(report.rows(SHOWN_ROWS), key=f"answers-{run_id}", description="Rows side by side")
@@ -218,11 +216,27 @@ class EvalRun:
                 release_deployments(self.control, self.ledger)
 
     def fail(self) -> None:
-        """Free what is deployed. Never raises: the error at hand matters more."""
-        try:
-            self.release()
-        except Exception as problem:
-            logger.warning("not everything could be released, it ends by itself when idle: %s", problem)
+        """Free what is deployed. Never raises: the error at hand matters more. Ctrl-C does not break it off."""
+        with undisturbed():
+            try:
+                self.release()
+            except Exception as problem:
+                self._tell_left(problem)
+
+    def _tell_left(self, problem: Exception) -> None:
+        left = [record.resource_id for record in self.ledger.all() if record.state != "freed"]
+        if self.config.deployment.replica_count is None:
+            ends = "the backend frees their hardware when nobody asks them anything"
+        else:
+            ends = f"with deployment.replica_count={self.config.deployment.replica_count} they run until then"
+        logger.warning(
+            "not everything could be released: %s. Deployments that are left: %s. The same evaluation, started again "
+            "with log_path %s, deletes them; %s.",
+            problem,
+            ", ".join(left) or "none",
+            self.directory.path,
+            ends,
+        )
 
     def _close_sampler(self) -> None:
         sampler, self._sampler = self._sampler, None
@@ -264,6 +278,10 @@ def open_evaluation(config: EvaluationConfig) -> Iterator[EvalRun]:
         except BaseException:
             run.fail()
             raise
+
+
+def _snapshot(version: str) -> str:
+    return f"snapshot {version}" if version else "the model that it was made of"
 
 
 def _check_same(config: EvaluationConfig, path: Path) -> None:

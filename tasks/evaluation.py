@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from cookbook.config import SFTConfig
 from cookbook.data.sft import SFTData
 from cookbook.errors import SamplingError
@@ -10,7 +12,7 @@ from cookbook.files import write_json
 from cookbook.run import Progress
 from tasks.preference_run import DPORun, PreferenceRun
 from tasks.record import recorded
-from tasks.references import pair_references
+from tasks.references import is_untrained, known_references
 from tasks.rl_run import RLRun
 from tasks.run import Run
 
@@ -42,13 +44,13 @@ def evaluate_pairs(run: PreferenceRun, progress: Progress) -> None:
 @recorded(deadline=lambda config: config.evaluation.timeout_s, retried=True, persist=True)
 def held_out_preferences(run: PreferenceRun, progress: Progress) -> dict[str, float]:
     """Loss, and how often the chosen answer is preferred, over the held-out pairs."""
-    timeout_s = float(run.config.evaluation.timeout_s)
     result = evaluate_preferences(
         run.client,
         run.pairs.held_out_pairs(),
         run.objective,
-        (lambda pairs: pair_references(run, pairs, timeout_s)) if isinstance(run, DPORun) else None,
-        timeout_s=timeout_s,
+        partial(known_references, run) if isinstance(run, DPORun) else None,
+        is_reference=is_untrained(run, progress),
+        timeout_s=run.config.evaluation.timeout_s,
     )
     values = result.to_dict()
     run.log_evaluation(progress, values)

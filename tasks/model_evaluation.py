@@ -30,7 +30,8 @@ def preflight_evaluation(run: EvalRun) -> None:
     """Check every input, render every row for each model, and try the reward and the judge.
 
     Raises:
-        ConfigError: all problems together. A row that is too long is one of them; none is ever dropped.
+        ConfigError: all problems together. A row that is too long is one of them; none is ever dropped. Or what an
+            earlier start left is of another evaluation.
     """
     problems = evaluation_input_problems(run.config, run.env)
     if problems:
@@ -38,11 +39,11 @@ def preflight_evaluation(run: EvalRun) -> None:
     folder = run.directory.path / "data"
     run.data = load_evaluation_data(run.config, run.env.home / "models", folder, shape_context=run.shape_context())
     references = len(run.data.references(MODEL))
+    run.check_kept()
     config = run.config
-    run.say(
-        f"{run.data.num_rows:,} rows, {references:,} with a reference answer; {config.samples_per_row} answers to each "
-        f"row at temperature {config.sampling_temperature:g}, seed {config.seed}"
-    )
+    answers = f"{config.samples_per_row} answers to each row at temperature {config.sampling_temperature:g}, seed "
+    answers = f"{answers}{config.seed}" if config.wants_answers else "no answers, as nothing is measured on them"
+    run.say(f"{run.data.num_rows:,} rows, {references:,} with a reference answer; {answers}")
 
 
 @recorded(deadline=lambda config: config.deployment.deployment_timeout_s, retried=True, persist=True)
@@ -51,6 +52,7 @@ def provision_model(run: EvalRun, role: str) -> dict[str, str]:
 
     Raises:
         ProvisioningError: the deployment failed, or was not ready in time.
+        ModelError: it is an adopted one, and serves another snapshot than in an earlier start.
     """
     if run.is_measured(role):
         return {}
@@ -58,7 +60,7 @@ def provision_model(run: EvalRun, role: str) -> dict[str, str]:
     deployment = deploy_model(
         run.control,
         run.ledger,
-        config.models[role],
+        run.served(role),
         config.deployment_of(role),
         run_id=run.directory.run_id,
         role=role,
@@ -66,7 +68,9 @@ def provision_model(run: EvalRun, role: str) -> dict[str, str]:
         training_shape_id=config.infra.training_shape_id,
     )
     run.sample_from(deployment)
-    run.say(f"{config.models[role]} is deployed ({time.monotonic() - started:.1f} s)")
+    version = run.check_version(role)
+    what = f"{config.models[role]} with snapshot {version}" if version else config.models[role]
+    run.say(f"{what} is deployed ({time.monotonic() - started:.1f} s)")
     return {"deployment_id": deployment.deployment_id}
 
 
@@ -76,9 +80,11 @@ def measure_loss(run: EvalRun, role: str) -> float | None:
 
     Raises:
         SamplingError: a row could not be measured.
+        ModelError: another snapshot was hot loaded meanwhile.
     """
     losses = run.losses(role)
     if losses is None:
+        version = run.check_version(role)
         references = run.data.references(role)
         counted = run.counter("reference answers", len(references))
         losses = (
@@ -86,7 +92,8 @@ def measure_loss(run: EvalRun, role: str) -> float | None:
             if references
             else []
         )
-        run.keep_losses(role, losses)
+        run.check_same_version(role, version, run.check_version(role))
+        run.keep_losses(role, losses, version)
     if not losses:
         return None
     loss = sum(each.nats for each in losses) / sum(each.num_tokens for each in losses)
@@ -94,15 +101,25 @@ def measure_loss(run: EvalRun, role: str) -> float | None:
     return loss
 
 
+def sample_answers(run: EvalRun, role: str) -> None:
+    """Have the model in `role` answer every row, where anything is measured on answers."""
+    if run.config.wants_answers:
+        answer_every_row(run, role)
+
+
 @recorded(deadline=lambda config: config.timeout_s, retried=True, persist=True)
-def sample_answers(run: EvalRun, role: str) -> dict[str, float]:
+def answer_every_row(run: EvalRun, role: str) -> dict[str, float]:
     """Every answer of the model in `role`, scored and on disk; return their number and mean reward.
 
     Raises:
         SamplingError: a row could not be answered. What was answered is kept.
         RewardError: the reward failed.
+        ModelError: another snapshot was hot loaded meanwhile.
     """
-    config, rows = run.config, run.data.rows[role]
+    config, rows, wanted = run.config, run.data.rows[role], run.wanted_answers(role)
+    with run.answer_file(role) as file:
+        done = [which for which in wanted if which in file.answers]
+    version = run.check_version(role) if len(done) < len(wanted) else ""
     sampling = Sampling(
         max_tokens=config.max_completion_tokens,
         temperature=config.sampling_temperature,
@@ -110,22 +127,24 @@ def sample_answers(run: EvalRun, role: str) -> dict[str, float]:
         samples_per_row=config.samples_per_row,
         seed=config.seed,
         reward_timeout_s=config.reward_timeout_s,
+        version=version,
     )
     with run.answer_file(role) as file:
-        total = len(rows) * config.samples_per_row
-        counted = run.counter("answers", total, done=len(file.answers))
+        counted = run.counter("answers", len(wanted), done=len(done))
 
         def keep(answer: Answer) -> None:
+            run.check_same_version(role, version, answer.version)
             file.add(answer)
             counted()
 
-        if len(file.answers) < total:
-            done = set(file.answers)
+        if len(done) < len(wanted):
             answer_rows(
-                run.sampler, rows, run.data.reward, sampling, timeout_s=config.timeout_s, done=done, on_answer=keep
+                run.sampler, rows, run.data.reward, sampling, timeout_s=config.timeout_s, done=set(done), on_answer=keep
             )
-        rewards = [answer.reward for answer in file.answers.values() if answer.reward is not None]
-    found = {"answers": float(total)} | ({"reward": fmean(rewards)} if rewards else {})
+            run.check_version(role)
+        answers = [file.answers[which] for which in wanted]
+    rewards = [answer.reward for answer in answers if answer.reward is not None]
+    found = {"answers": float(len(wanted))} | ({"reward": fmean(rewards)} if rewards else {})
     run.say(f"{config.models[role]}: {', '.join(f'{name} {value:g}' for name, value in found.items())}")
     return found
 
@@ -146,7 +165,7 @@ def compare(run: EvalRun) -> None:
     """Answer by answer under the same seed: the judge says who wins, else the reward.
 
     Raises:
-        RewardError: the judge failed.
+        RewardError: the judge failed. What it said until then is kept.
     """
     results, config, judge = run.results(), run.config, run.data.judge
     pairs = [
@@ -162,6 +181,9 @@ def compare(run: EvalRun) -> None:
             Duel(rows[place].fields, answer.text, other.text, f"row {index}, answer {answer.sample}")
             for index, place, answer, other in pairs
         ]
-        values = judge_duels(judge, duels, reward_timeout_s=config.reward_timeout_s, timeout_s=config.timeout_s)
+        with run.verdict_file() as kept:
+            values = judge_duels(
+                judge, duels, reward_timeout_s=config.reward_timeout_s, timeout_s=config.timeout_s, kept=kept
+            )
     size = config.samples_per_row
     run.wins = [values[start : start + size] for start in range(0, len(values), size)]

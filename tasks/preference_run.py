@@ -9,7 +9,6 @@ from cookbook.data.preferences import PreferenceData
 from cookbook.losses.preference import PreferenceObjective, objective_of
 from cookbook.models.fingerprint import reference_fingerprint
 from cookbook.provisioning import TrainerHandle
-from cookbook.reference import Reference
 from cookbook.reference_cache import ReferenceCache
 from cookbook.reference_filler import ReferenceFiller
 from cookbook.run import RunDirectory
@@ -50,7 +49,6 @@ class DPORun(PreferenceRun):
         self.cache_is_complete = False
         """Whether all reference logprobs were known before training: then no reference is provisioned."""
         self.reference_trainer: TrainerHandle | None = None
-        self.reference: Reference | None = None
         self.filler: ReferenceFiller | None = None
         """Computes what the cache lacks, in the background; None before and after that."""
 
@@ -67,4 +65,12 @@ class DPORun(PreferenceRun):
             data_fingerprint=self.pairs.fingerprint,
             base_model=self.config.base_model,
         )
-        self.cache_is_complete = len(self.cache) > 0 and all(digest in self.cache for digest in self.pairs.digests())
+        digests = set(self.pairs.digests())
+        known = sum(digest in self.cache for digest in digests)
+        self.cache_is_complete = known == len(digests)
+        self.say(f"reference logprobs: {known:,} of {len(digests):,} pairs are known from before")
+        if self.config.init_from_checkpoint is not None:
+            self.say(
+                "warning: the reference is base_model, not init_from_checkpoint. To hold the policy to that "
+                "checkpoint, promote it and use the model as base_model."
+            )

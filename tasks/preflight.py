@@ -5,6 +5,7 @@ from __future__ import annotations
 from prefect.artifacts import create_markdown_artifact
 
 from cookbook.config import SFTConfig
+from cookbook.data.jsonl import JsonlFile
 from cookbook.data.preference_preflight import PreferencePreflightReport
 from cookbook.data.preferences import PreferenceData, load_preference_data
 from cookbook.data.preflight import PreflightReport
@@ -40,7 +41,7 @@ def preflight(run: Run) -> SFTData:
         shape_context=run.shape_context(),
         progress=run.tracker.rows_read,
     )
-    _accept(run, data.train.fingerprint, data.report)
+    _accept(run, data.train.fingerprint, data.train.file, data.report)
     return data
 
 
@@ -61,7 +62,7 @@ def preflight_rl(run: RLRun) -> RLData:
         shape_context=run.shape_context(),
         progress=run.tracker.rows_read,
     )
-    _accept(run, run.data.fingerprint, run.data.report)
+    _accept(run, run.data.fingerprint, run.data.train.file, run.data.report)
     return run.data
 
 
@@ -81,7 +82,7 @@ def preflight_pairs(run: PreferenceRun) -> PreferenceData:
         shape_context=run.shape_context(),
         progress=run.tracker.rows_read,
     )
-    _accept(run, run.data.fingerprint, run.data.report)
+    _accept(run, run.data.fingerprint, run.data.train.file, run.data.report)
     if isinstance(run, DPORun):
         run.open_cache()
     return run.data
@@ -94,9 +95,12 @@ def _check(run: Run) -> None:
 
 
 def _accept(
-    run: Run, fingerprint: str, report: PreflightReport | RLPreflightReport | PreferencePreflightReport
+    run: Run,
+    fingerprint: str,
+    file: JsonlFile,
+    report: PreflightReport | RLPreflightReport | PreferencePreflightReport,
 ) -> None:
     """Pin the data to the run, and publish the report."""
-    run.directory.pin_data(fingerprint)
+    run.directory.pin_data(fingerprint, sha256=file.fingerprint, num_rows=len(file))
     run.say(report.to_text())
     create_markdown_artifact(report.to_markdown(), key=f"preflight-{run.directory.run_id}", description="Pre-flight")

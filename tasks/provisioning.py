@@ -9,6 +9,7 @@ from cookbook.deadlines import Deadline
 from cookbook.deployments import provision_deployment as deploy
 from cookbook.provisioning import provision_reference as provision_other
 from cookbook.provisioning import provision_trainer as provision
+from cookbook.provisioning import release_reference
 from cookbook.reference import open_reference
 from tasks.preference_run import DPORun
 from tasks.record import RecordedTask, recorded
@@ -99,7 +100,9 @@ def provision_dpo(run: DPORun) -> None:
     """
     run.control.account_id()  # before the threads, which share it
     tasks: list[RecordedTask[Any, [], Any]] = [provision_trainer]
-    if run.config.needs_reference_trainer and not run.cache_is_complete:
+    if run.cache_is_complete:
+        release_reference(run.control, run.ledger)  # an earlier start may have died before it did
+    elif run.config.needs_reference_trainer:
         tasks.append(provision_reference)
     if run.config.has_deployment:
         tasks.append(provision_deployment)

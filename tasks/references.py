@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Sequence
 
@@ -16,12 +17,22 @@ from cookbook.reference_filler import ReferenceFiller
 from cookbook.run import Progress
 from tasks.preference_run import DPORun
 from tasks.record import recorded
+from tasks.run import Run
 
-__all__ = ["fill_references", "pair_references", "reference_logprobs", "release_reference"]
+__all__ = ["fill_references", "is_untrained", "known_references", "reference_logprobs", "release_reference"]
+
+RELEASE_TIMEOUT_S = 120.0
+
+logger = logging.getLogger(__name__)
+
+
+def is_untrained(run: Run, progress: Progress) -> bool:
+    """Whether the policy still is the base model."""
+    return progress.step == 0 and run.config.init_from_checkpoint is None
 
 
 def fill_references(run: DPORun, progress: Progress) -> None:
-    """Begin to compute what the cache lacks: held-out pairs first, then the others in the order of training.
+    """Begin to compute what the cache lacks; what training waits for comes first.
 
     A policy that was not trained yet is the reference: what the cache has of an earlier run is checked against it.
 
@@ -30,18 +41,17 @@ def fill_references(run: DPORun, progress: Progress) -> None:
     """
     assert run.cache is not None, "preflight_pairs comes first"
     assert run.trainer is not None, "provision_dpo comes first"
-    if progress.step == 0 and run.config.init_from_checkpoint is None:
+    if is_untrained(run, progress) and len(run.cache) > 0:
         check_cache(run)
     if run.cache_is_complete:
         return
     reference = open_reference(
         run.control.jobs, run.config, run.trainer, run.reference_trainer, user_metadata=run.directory.user_metadata()
     )
-    run.reference = run.closed_at_end(reference)
     run.filler = run.closed_at_end(
         ReferenceFiller(
             run.cache,
-            run.reference,
+            reference,
             run.pairs.reference_pairs(Position(progress.epoch, progress.position)),
             concurrency=run.config.ref_cache_concurrency,
             batch_size=run.config.ref_cache_batch_size,
@@ -53,7 +63,7 @@ def fill_references(run: DPORun, progress: Progress) -> None:
 @recorded(deadline=lambda config: config.step_timeout_s, retried=False)
 def check_cache(run: DPORun) -> None:
     """Compare a cached pair with the untrained policy, which is the reference."""
-    assert run.cache is not None
+    assert run.cache is not None, "preflight_pairs comes first"
     check_reference_cache(run.cache, run.client, run.pairs.reference_pairs())
 
 
@@ -65,27 +75,45 @@ def reference_logprobs(run: DPORun, batch: PairBatch) -> Sequence[PairReference]
         TrainerLost: the reference is gone, or late.
     """
     started = time.perf_counter()
-    found = pair_references(run, batch.pairs, run.config.step_timeout_s)
+    found = known_references(run, batch.pairs, run.config.step_timeout_s)
     run.note({"reference/wait_s": time.perf_counter() - started})
     return found
 
 
-def pair_references(run: DPORun, pairs: Sequence[RenderedPair], timeout_s: float) -> Sequence[PairReference]:
+def known_references(
+    run: DPORun, pairs: Sequence[RenderedPair], timeout_s: float | None = None
+) -> Sequence[PairReference]:
     """Reference logprobs out of the cache, waiting for what is under way."""
     if run.filler is not None:
-        return run.filler.references(pairs, timeout_s)
+        return run.filler.references(pairs, run.config.step_timeout_s if timeout_s is None else timeout_s)
     assert run.cache is not None, "preflight_pairs comes first"
     return [run.cache[pair.digest] for pair in pairs]
 
 
 def release_reference(run: DPORun) -> None:
-    """Free the reference, its trainer too, as soon as all its logprobs are known."""
-    if run.filler is None or run.reference is None or not run.filler.is_complete:
+    """Free the reference, its trainer too, as soon as all its logprobs are known.
+
+    What cannot be freed now is freed at the end of the run: training goes on.
+    """
+    if run.filler is None or not run.filler.is_complete:
         return
     run.filler.close()
-    run.reference.close()
-    run.filler = run.reference = None
-    run.say(f"the reference logprobs of all {len(run.cache or ()):,} pairs are known")
-    if run.reference_trainer is not None:
-        release(run.control, run.ledger)
-        run.reference_trainer = None
+    run.filler = None
+    run.say("all reference logprobs are known")
+    if run.reference_trainer is None:
+        return
+    run.reference_trainer = None
+    try:
+        free_reference_trainer(run)
+    except Exception as error:
+        logger.warning("the reference trainer could not be freed, that comes at the end of the run: %s", error)
+
+
+@recorded(deadline=lambda config: RELEASE_TIMEOUT_S, retried=True)
+def free_reference_trainer(run: DPORun) -> None:
+    """Delete the trainer of the reference.
+
+    Raises:
+        ProvisioningError: the backend refused.
+    """
+    release(run.control, run.ledger)

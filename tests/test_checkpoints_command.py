@@ -7,7 +7,7 @@ from typer.testing import CliRunner
 
 from cookbook.cli import app
 from cookbook.cli.output import EXIT_FAILED, EXIT_WRONG_INPUT
-from cookbook.models.provenance import read_provenance
+from cookbook.models.provenance import Provenance, read_provenance, record_path
 from cookbook.run import RunDirectory
 from cookbook.snapshots import StoredRun
 from tests.stopped_run import SIZE, StoppedRun
@@ -76,6 +76,22 @@ def test_the_last_promotable_checkpoint_becomes_a_model_with_its_provenance(run)
     made = read_provenance(run.home, "made-by-default")
     assert (made.run_id, made.step, made.checkpoint) == (StoredRun.read(run.path).run_id, 2, "step-2")
     assert checkpoints("promote", run.path, "step-2", "--to", "made-by-default")[0] == 0  # the same once more
+
+
+def test_a_snapshot_of_a_weight_sync_becomes_a_model_with_its_provenance_too(run, backend, tmp_path):
+    def made_of_it(model):
+        assert checkpoints("promote", run.path, "step-4-1-aaaabbbb", "--to", model)[0] == 0
+        return Provenance.from_dict(json.loads(record_path(run.home, model).read_text()))
+
+    run.write("sampler", "step-4-1-aaaabbbb")
+    made = made_of_it("of-a-sync")
+    assert (made.run_id, made.checkpoint, made.step) == (StoredRun.read(run.path).run_id, "step-4-1", None)
+    assert (made.config["base_model"], [link.origin for link in made.parents]) == ("tiny", ["foreign"])
+    # Once another run saves in the same trainer, whose a snapshot is cannot be told, nor what it began with.
+    StoppedRun(tmp_path / "adopting", backend, policy_job_id=run.job)
+    made = made_of_it("of-somebody")
+    assert (made.run_id, made.trainer_job, made.licence) == (None, run.job, None)
+    assert [link.origin for link in made.parents] == ["unknown", "foreign"]
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """The deployment of a run on the real backend: made beside its trainer, found again, replaced, adopted, released."""
 
+import json
 import logging
 import os
 import shutil
@@ -11,22 +12,17 @@ from dataclasses import replace
 import pytest
 from fireworks.training.sdk import DeploymentConfig
 
-from cookbook import deployments
+from cookbook import deployments, sessions
 from cookbook.config import DeployConfig, DPOConfig, RLConfig
 from cookbook.control_plane import ControlPlane
 from cookbook.deadlines import Deadline
-from cookbook.deployments import (
-    attach_trainer,
-    deploy_model,
-    deployment_id_of,
-    provision_deployment,
-    release_deployments,
-    served_model,
-)
+from cookbook.deployment_request import ServedModel, deployment_id_of, served_model
+from cookbook.deployments import attach_trainer, deploy_model, provision_deployment, release_deployments
 from cookbook.errors import ConfigError, LeaseLost, ModelError, ProvisioningError
 from cookbook.ledger import ResourceLedger
 from cookbook.provisioning import TrainerHandle, provision_trainer
 from cookbook.run import RunDirectory
+from cookbook.sessions import open_session
 from tests.hostile import HostileTrainer
 from tests.running_backend import MODEL
 from tests.tiny_model import make_tiny_adapter
@@ -193,7 +189,8 @@ def adapter(backend):
 
 def deploy(control, ledger, run, model, role="deployment", **fields):
     config = DeployConfig(**{"deployment_extra_args": QUICK, **fields})
-    return deploy_model(control, ledger, model, config, run_id=run.run_id, role=role, deadline=Deadline(60))
+    found = served_model(model, control.backend, control.models_dir)
+    return deploy_model(control, ledger, found, config, run_id=run.run_id, role=role, deadline=Deadline(60))
 
 
 def prompt_logprobs(control, deployment):
@@ -225,6 +222,42 @@ def test_a_model_and_an_adapter_of_it_are_served_side_by_side_and_found_again(co
     assert {record.state for record in ledger.all()} == {"freed"}
 
 
+def test_an_adapter_is_served_on_a_base_that_it_names_as_the_hub_does(control, ledger, run, adapter, hub):
+    """As an exported adapter does whose base is of the hub."""
+    exported = shutil.copytree(adapter, run.path / "exported")
+    config = json.loads((exported / "adapter_config.json").read_text())
+    (exported / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "someone/tiny"}))
+    base = hub("1")
+    assert served_model(str(exported), control.backend, control.models_dir) == ServedModel(str(exported), base)
+    tuned, named = deploy(control, ledger, run, str(exported), "a"), deploy(control, ledger, run, str(adapter), "b")
+    assert prompt_logprobs(control, tuned) == prompt_logprobs(control, named)
+
+
+def test_a_session_stays_with_the_revision_that_a_hub_name_meant_at_first(control, backend, hub):
+    config = DeployConfig(deployment_extra_args=QUICK)
+    hub("1")
+    with open_session("chat", control, backend.home) as session:
+        first = session.deploy("someone/tiny", config)
+        hub("2")
+        assert session.deploy("someone/tiny", config) == first
+        assert first.base_model.endswith("/snapshots/1")
+
+
+@pytest.fixture
+def hub(tmp_path, control, monkeypatch):
+    """A hub with one model, someone/tiny: a function that publishes a revision and returns its folder."""
+    import huggingface_hub
+
+    newest = []
+
+    def publish(revision):
+        newest.append(tmp_path / "hub" / "snapshots" / revision)
+        return shutil.copytree(control.models_dir / "tiny", newest[-1], dirs_exist_ok=True)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **_: newest[-1])
+    return publish
+
+
 def test_a_deployment_of_the_model_is_adopted_and_stays(control, ledger, run):
     control.deployments.create_or_get(
         DeploymentConfig("mine", MODEL, accelerator_type="CPU", min_replica_count=1, extra_args=QUICK)
@@ -249,7 +282,7 @@ def test_a_model_that_cannot_be_served_is_refused_before_anything_is_made(contro
             deploy(cloud, ledger, run, "accounts/a/models/m")
         with pytest.raises(ConfigError, match="'tiny' is not a model resource"):
             deploy(cloud, ledger, run, "tiny")
-    assert served_model("accounts/a/models/m", "fireworks", tmp_path) == "accounts/a/models/m"
+    assert served_model("accounts/a/models/m", "fireworks", tmp_path) == ServedModel("accounts/a/models/m")
     assert ledger.all() == []
 
 
@@ -270,9 +303,12 @@ def slow_control(slow, backend):
         yield control
 
 
-def show(slow, run, state, **fields):
-    """Let the slow backend have the run's first deployment in a state."""
-    name = f"tiny-{run.run_id}"
+def show(slow, run, state, generation=1, **fields):
+    """Let the slow backend have a deployment of the run in a state."""
+    show_any(slow, f"tiny-{run.run_id}" + ("" if generation == 1 else f"-g{generation}"), state, **fields)
+
+
+def show_any(slow, name, state, **fields):
     resource = {"name": f"accounts/local/deployments/{name}", "state": state, **fields}
     slow.behave[name] = lambda body: (200, resource)
 
@@ -315,9 +351,75 @@ def test_a_refusal_is_told_in_the_backends_words_and_without_the_key(slow, slow_
     with pytest.raises(ProvisioningError, match=r"HTTP 400, request req-7: \[key\] may not have 9 GPUs") as refused:
         provision(slow_control, ledger, run)
     assert (refused.value.__cause__, refused.value.__context__) == (None, None)
-    show(slow, run, "READY", hotLoadTrainerJob="other")
+    assert [record.state for record in ledger.all()] == ["freed"]  # nothing can come any more
+    show(slow, run, "READY", generation=2, hotLoadTrainerJob="other")
     with pytest.raises(ProvisioningError, match=r"attaching deployment .* no answer within 1 s"):
         attach_trainer(slow_control, provision_without_trainer(slow_control, ledger, run), "t", Deadline(1))
+
+
+def never_created(slow, run):
+    """A backend that takes the request to create the run's deployment, and answers nothing."""
+    slow.behave[f"tiny-{run.run_id}"] = lambda body: (404, {})
+    slow.behave["deployments"] = slow.hang
+
+
+def test_what_was_asked_for_and_has_not_come_is_deleted_when_it_comes(slow, slow_control, ledger, run):
+    never_created(slow, run)
+    assert_late(slow_control, ledger, run, "creating deployment .* no answer")
+    before = time.monotonic()
+    threading.Timer(0.5, lambda: show(slow, run, "CREATING")).start()
+    assert release_deployments(slow_control, ledger, landing_s=10)
+    assert 0.4 < time.monotonic() - before < 5
+    assert [record.state for record in ledger.all()] == ["freed"]
+
+
+def test_what_was_asked_for_and_never_comes_stays_in_the_ledger(slow, slow_control, ledger, run):
+    never_created(slow, run)
+    assert_late(slow_control, ledger, run, "creating deployment .* no answer")
+    assert not release_deployments(slow_control, ledger, landing_s=0.3)
+    assert [record.state for record in ledger.all()] == ["intended"]
+
+
+def test_nothing_is_made_once_the_ledger_is_closed(slow, slow_control, ledger, run, monkeypatch):
+    never_created(slow, run)
+    ledger.confirm(ledger.intend("trainer", "policy", 1))
+    monkeypatch.setattr(deployments, "_job_name", lambda *_: ledger.close() or "job")  # while it waits for the trainer
+    with pytest.raises(LeaseLost, match="is ending"):
+        provision(slow_control, ledger, run, trainer=None)
+    with pytest.raises(LeaseLost, match="is ending"):
+        ledger.intend("deployment", "sampler", 2)
+    assert ("deployments", {}) not in slow.requests
+    assert [name for name, body in slow.requests if name == "deployments" and body] == []
+
+
+def test_a_session_of_what_may_still_come_stays_until_the_next_one(slow, slow_control, run, tmp_path, monkeypatch):
+    monkeypatch.setattr(sessions, "LANDING_S", 0.3)
+    slow.behave["deployments"] = slow.hang
+    with open_session("chat", slow_control, tmp_path) as session:
+        slow.behave[f"tiny-{session.run.run_id}-deployment"] = lambda body: (404, {})
+        with pytest.raises(ProvisioningError, match="no answer within"):
+            session.deploy("tiny", DeployConfig(deployment_timeout_s=1))
+    assert session.run.path.is_dir()
+    show_any(slow, f"tiny-{session.run.run_id}-deployment", "CREATING")
+    with open_session("chat", slow_control, tmp_path):
+        assert not session.run.path.exists()
+        assert slow.names().count(f"tiny-{session.run.run_id}-deployment") > 2
+
+
+def test_a_thread_that_still_deploys_makes_nothing_while_its_session_ends(slow, slow_control, tmp_path, monkeypatch):
+    refused = []
+
+    def release(*arguments, **options):
+        with pytest.raises(LeaseLost, match="is ending"):
+            session.deploy("tiny", DeployConfig())
+        refused.append(True)
+        return release_deployments(*arguments, **options)
+
+    monkeypatch.setattr(sessions, "release_deployments", release)
+    with open_session("serve", slow_control, tmp_path) as session:
+        pass
+    assert refused
+    assert not session.run.path.exists()
 
 
 def provision_without_trainer(control, ledger, run):

@@ -87,6 +87,18 @@ def test_a_deployment_on_fireworks_needs_hardware_only_where_weights_are_synced(
 
 
 @pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"deployment": {"replica_count": 2}}, "deployment: is set"),
+        ({"weight_sync": {"weight_sync_before_training": True}}, "weight_sync.weight_sync_before_training: is set"),
+        ({"evaluation": {"interval": 5}}, "evaluation.interval: is 5"),
+    ],
+)
+def test_what_would_have_no_effect_is_refused(fields, named):
+    assert named in problems_of(DPOConfig, **fields)
+
+
+@pytest.mark.parametrize(
     ("config", "field", "value"),
     [
         (DPOConfig, "beta", 0),

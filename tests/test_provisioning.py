@@ -247,7 +247,7 @@ def environment(home, key=None):
 
 
 def test_fireworks_needs_a_key(tmp_path):
-    with pytest.raises(ConfigError, match="FIREWORKS_API_KEY: is not set"):
+    with pytest.raises(ConfigError, match=r"FIREWORKS_API_KEY: is not set.*Secret block.*other commands do not"):
         connect("fireworks", environment(tmp_path))
     with connect("fireworks", environment(tmp_path, "fw-secret")) as control:
         assert control.base_url == "http://127.0.0.1:9"

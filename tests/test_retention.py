@@ -3,6 +3,7 @@
 Snapshots are real files in the home of the real backend; where their content matters, a real trainer wrote them.
 """
 
+import dataclasses
 import json
 import os
 import signal
@@ -13,7 +14,7 @@ import pytest
 from fireworks.training.sdk import AdamParams
 
 from cookbook.backend.snapshots import SnapshotHold, snapshot_dir
-from cookbook.checkpoints import resolve_resume, save_checkpoint
+from cookbook.checkpoints import CheckpointKind, resolve_resume, save_checkpoint
 from cookbook.client import ReconnectableClient
 from cookbook.control_plane import ControlPlane
 from cookbook.data.datums import datum_from_row
@@ -21,7 +22,7 @@ from cookbook.errors import CheckpointError, DataError, LeaseLost, ProvisioningE
 from cookbook.files import append_jsonl
 from cookbook.retention import RetentionPolicy, check_prunable, own_run, plan_prune, prune
 from cookbook.run import RunDirectory
-from cookbook.snapshots import StoredRun
+from cookbook.snapshots import SnapshotRef, StoredRun
 from tests.running_backend import MODEL
 from tests.stopped_run import SIZE, StoppedRun
 
@@ -122,6 +123,33 @@ def test_in_an_adopted_trainer_only_what_the_rows_named_goes(make_run, control):
     assert run.there() == ["sampler/of-somebody-else", *states(2)]
 
 
+def test_what_a_row_may_mean_stays_when_it_does_not_say_where(make_run, control):
+    run, other = make_run(), make_run("other")
+    for step in (1, 2, 3, 4):
+        run.commit(step, "both")
+    path = run.path / "checkpoints.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows[1]["state_path"] = "step-2"
+    rows[2] |= {"state_path": f"/somewhere/{run.job}/step-3", "source_job_id": None}
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    append_jsonl(other.path / "checkpoints.jsonl", {"name": "x", "step": 1, "state_path": "bare"})
+    run.write("state", "bare")
+    run.write("state", "nobodys")
+    assert run.prune(control, 1).rows == ("step-1",)
+    both = [f"{kind}/step-{step}{end}" for kind, end in (("sampler", "-0a1b2c3d"), ("state", "")) for step in (2, 3, 4)]
+    assert run.there() == sorted([*both, "state/bare"])
+
+
+@pytest.mark.parametrize("field", ["policy_job_id", "reference_job_id"])
+def test_in_a_trainer_that_another_run_has_adopted_only_what_the_rows_named_goes(run, make_run, control, field):
+    """What the other saves has no row of its own until it is committed, and weight syncs never have one."""
+    make_run("adopting", **{field: run.job})
+    run.write("state", "about-to-be-committed")
+    run.write("sampler", "step-9-1-aaaabbbb")
+    assert run.prune(control, 1).freed_bytes == 5 * SIZE
+    assert run.there() == ["sampler/step-9-1-aaaabbbb", "state/about-to-be-committed", "state/step-6"]
+
+
 def test_what_another_run_begins_from_or_names_stays(run, make_run, control, tmp_path):
     begun = make_run("begun", init_from_checkpoint=f"{run.job}:step-2")
     adopting = make_run("adopting", init_from_checkpoint="step-3", policy_job_id=run.job)
@@ -175,6 +203,30 @@ def test_what_is_in_use_is_left_and_goes_with_the_next_prune(run, control):
     assert (run.rows(), run.there(), result.freed_bytes) == (["step-6"], states(2, 6), 4 * SIZE)
     assert run.prune(control, 1).freed_bytes == SIZE
     assert run.there() == states(6)
+
+
+def test_an_unfinished_one_that_is_refused_does_not_keep_the_others(run, control):
+    ref = SnapshotRef(run.job, CheckpointKind.STATE, "step-2")
+    planned = run.plan(control, 1)
+    listed = tuple(snapshot for snapshot in planned.snapshots if snapshot.ref != ref)
+    plan = dataclasses.replace(planned, snapshots=listed, unfinished=(ref,))
+    with (
+        SnapshotHold(snapshot_dir(run.home / "checkpoints", run.job, "state", "step-2")),
+        own_run(StoredRun.read(run.path), run.home) as directory,
+    ):
+        result = prune(control, directory, plan)
+    assert [snapshot.ref for snapshot, _ in result.left] == [ref]
+    assert (result.freed_bytes, run.there()) == (4 * SIZE, states(2, 6))
+    assert run.prune(control, 1).freed_bytes == SIZE  # it was written down again
+
+
+def test_a_key_that_is_refused_is_an_error_and_not_a_snapshot_in_use(run, control, backend):
+    other = ControlPlane("embedded", backend.base_url, "wrong", run.home / "models")
+    other.account_id = lambda *_: "local"
+    other.list_checkpoints = control.list_checkpoints
+    with other, pytest.raises(ProvisioningError, match="HTTP 401"):
+        run.prune(other, 1)
+    assert len(run.there()) == 6
 
 
 KILLED = """

@@ -56,7 +56,7 @@ def adapter(backend):
 @pytest.fixture(scope="module")
 def server(backend, adapter):
     with serving(backend.home, "long", adapter, COOKBOOK_SERVE_API_KEY=KEY) as (_, ready):
-        assert ready["api_key"] == KEY
+        assert ready["api_key"] is None  # what the environment has is in no log
         yield ready
 
 
@@ -233,12 +233,15 @@ def _deployments_of(control, run):
 
 
 def ask(upstream, **fields):
-    """The answer to a chat request where `upstream` answers in the backend's place, and what was found to be gone."""
+    """The answer to a chat request where `upstream` (an endpoint, or a whole transport) answers in the backend's place,
+    and what was found to be gone."""
     gone = []
 
     async def run():
-        app = Starlette(routes=[Route("/chat/completions", upstream, methods=["POST"])])
-        transport = httpx.ASGITransport(app)
+        transport = upstream
+        if not isinstance(upstream, httpx.AsyncBaseTransport):
+            app = Starlette(routes=[Route("/chat/completions", upstream, methods=["POST"])])
+            transport = httpx.ASGITransport(app)
         async with httpx.AsyncClient(transport=transport, base_url="http://backend/") as backend:
             served = ServeApp({"m": "accounts/a/deployments/d"}, client=backend, api_key=KEY, on_gone=gone.append)
             asgi = httpx.ASGITransport(served.asgi)
@@ -262,6 +265,27 @@ def test_limits_are_passed_on_with_their_pause():
 def test_a_key_that_the_backend_refuses_is_not_the_clients_fault():
     answer, _ = ask(lambda request: Response(b'{"error": {"message": "no", "type": "x"}}', 403))
     assert answer.status_code == 502
+
+
+@pytest.mark.parametrize("after_headers", [False, True])
+def test_a_deployment_that_says_nothing_for_too_long_is_looked_after_and_told_as_a_timeout(after_headers):
+    async def silent():
+        yield b"{"
+        raise httpx.ReadTimeout("600 s")
+
+    def stuck(request):
+        if after_headers:
+            return httpx.Response(200, headers={"content-type": "application/json"}, content=silent())
+        raise httpx.ReadTimeout("600 s")
+
+    answer, gone = ask(httpx.MockTransport(stuck))
+    assert (answer.status_code, answer.json()["error"]["type"], gone) == (504, "server_error", ["m"])
+    assert "did not answer in time" in answer.json()["error"]["message"]
+
+
+def test_answers_have_a_time_limit(control):
+    with control.completions_client() as client:
+        assert (client.timeout.read, client.timeout.connect) == (600, 10)
 
 
 def test_an_answer_of_the_control_plane_means_that_the_deployment_is_gone():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
+import unicodedata
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -29,6 +30,7 @@ HELP = """\
 /help         this list
 /exit         leave, as Ctrl-D does
 Ctrl-C stops the answer; once more, it leaves."""
+BIDI_CONTROLS = "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
 
 
 def chat(
@@ -196,5 +198,11 @@ def _advice(error: RequestRejected) -> str:
 
 
 def _printable(text: str) -> str:
-    """Text without what could steer a terminal: a model may say anything."""
-    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
+    """Text without what could steer a terminal or turn the order of what it shows: a model may say anything."""
+    return "".join("\ufffd" if _steers(c) else c for c in text)
+
+
+def _steers(character: str) -> bool:
+    if character in "\n\t":
+        return False
+    return unicodedata.category(character) in ("Cc", "Cs", "Co") or character in BIDI_CONTROLS

@@ -83,8 +83,7 @@ def promote(
             base_model=wire_model(base_model, control.backend, control.models_dir),
             timeout_s=float(run.config.get("promote_timeout_s") or _PROMOTE_TIMEOUT_S),
         )
-    if row is not None:
-        record_provenance(folder, provenance_of(run.path, model, row, home=folder))
+    record_provenance(folder, provenance_of(run.path, model, row or ref, home=folder))
     if as_json:
         print_json({"model": model.name, "kind": model.kind, "path": model.folder, "checkpoint": ref.name})
     else:

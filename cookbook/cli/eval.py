@@ -24,7 +24,12 @@ ENTRY_POINTS = "cookbook.flows"
 
 def evaluate(
     ctx: typer.Context,
-    model: Annotated[str, typer.Argument(help="Model to evaluate: a name of `cookbook models list`, or a folder.")],
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="Model to evaluate: a name of `cookbook models list`, a model folder, or a run directory (its model)."
+        ),
+    ],
     dataset: Annotated[
         str | None, typer.Option("--dataset", "-d", help="JSONL file with rows, or reasoning_gym:NAME.")
     ] = None,
@@ -49,12 +54,18 @@ def evaluate(
 
     The same --log-path again goes on with what is missing, or shows the result. Every answer is in answers.jsonl there.
     """
+    from cookbook.config import environment
     from cookbook.evaluation_config import load_evaluation_config
+    from cookbook.models.export import model_name
 
     ctx.meta[DEBUG] = debug or ctx.find_root().params.get("debug")
-    given: dict[str, Any] = {"dataset": dataset, "against": against, "reward": reward, "samples_per_row": samples}
+    home = environment().home
+    other = None if against is None else model_name(against, home)
+    given: dict[str, Any] = {"dataset": dataset, "against": other, "reward": reward, "samples_per_row": samples}
     given |= {"pass_at": pass_at or None, "log_path": None if log_path is None else str(log_path)}
-    overrides: dict[str, Any] = {"model": model} | {name: value for name, value in given.items() if value is not None}
+    overrides: dict[str, Any] = {"model": model_name(model, home)} | {
+        name: value for name, value in given.items() if value is not None
+    }
     if log_path is None and not _is_set("log_path", config, sets or []):
         overrides["log_path"] = _default_log_path(model)
     loaded = load_evaluation_config(file=config, sets=sets or [], overrides=overrides)

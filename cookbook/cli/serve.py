@@ -44,8 +44,8 @@ def serve(
 ) -> None:
     """Serve models to OpenAI clients on this machine, until Ctrl-C.
 
-    Clients send the key of COOKBOOK_SERVE_API_KEY; without that variable one is made up and shown once. The
-    deployments are kept alive while this runs, and freed at the end.
+    Clients send the key of COOKBOOK_SERVE_API_KEY, which is never shown; without that variable one is made up and shown
+    once (--json: api_key, else null). The deployments are kept alive while this runs, and freed at the end.
     """
     from cookbook.config import environment
 
@@ -60,7 +60,7 @@ def serve(
         listener.listen(128)
         url = f"http://{HOST}:{listener.getsockname()[1]}/v1"
         if as_json:
-            print_json({"base_url": url, "api_key": key, "models": models})
+            print_json({"base_url": url, "api_key": None if given_key else key, "models": models})
         else:
             typer.echo(_how_to_use(url, models[0], None if given_key else key))
         sys.stdout.flush()

@@ -70,9 +70,11 @@ def make_rl_task(folder: Path, *, num_train: int, num_held_out: int, seed: int) 
 def make_preference_task(folder: Path, *, num_train: int, num_held_out: int, seed: int) -> tuple[Path, Path]:
     """Write `folder`/preference_train.jsonl and `folder`/preference_held_out.jsonl and return their paths.
 
-    Rows are pairs of answers to a question of `make_rl_task`: chosen is the largest number, rejected another of the
-    four, each alone. No problem is in both files, nor in those that `make_rl_task` writes from the same arguments, so
-    that a model can be trained on one and then on the other. The same arguments give the same bytes.
+    Rows are pairs of answers to the question of `make_rl_task`, here for a short sentence: the chosen one names the
+    largest number, the rejected one another of the four, both in the words that SmolLM2 uses by itself. (Of answers
+    that it hardly ever gives DPO lowers both probabilities, and what the model says by itself falls apart.)
+    No problem is in both files, nor in those that `make_rl_task` writes from the same arguments, so that a model can be
+    trained on one and then on the other. The same arguments give the same bytes.
 
     Raises:
         DataError: as `make_task`.
@@ -125,22 +127,21 @@ def _sum_row(left: int, right: int) -> dict[str, object]:
 
 
 def _largest_row(numbers: Sequence[int]) -> dict[str, object]:
-    return {"messages": [_largest_question(numbers)], "ground_truth": str(max(numbers))}
+    question = _largest_question(numbers) + " Answer with the number only."
+    return {"messages": [{"role": "user", "content": question}], "ground_truth": str(max(numbers))}
 
 
-def _largest_question(numbers: Sequence[int]) -> dict[str, str]:
-    shown = ", ".join(map(str, numbers))
-    prompt = f"Numbers: {shown}. Which one is the largest? Answer with the number only."
-    return {"role": "user", "content": prompt}
+def _largest_question(numbers: Sequence[int]) -> str:
+    return f"Numbers: {', '.join(map(str, numbers))}. Which one is the largest?"
 
 
 def _preference_row(numbers: Sequence[int], generator: random.Random) -> dict[str, object]:
     right = max(numbers)
     wrong = generator.choice([number for number in numbers if number != right])
-    question = _largest_question(numbers)
+    question = {"role": "user", "content": _largest_question(numbers) + " Answer in one short sentence."}
 
     def answered(number: int) -> dict[str, object]:
-        return {"messages": [question, {"role": "assistant", "content": str(number)}]}
+        return {"messages": [question, {"role": "assistant", "content": f"The largest number is {number}."}]}
 
     return {"chosen": answered(right), "rejected": answered(wrong)}
 

@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Any, Protocol
 
-import orjson
-
-from cookbook.errors import CheckpointError, SamplingError
-from cookbook.files import cut_torn_line, read_jsonl
+from cookbook.errors import SamplingError
+from cookbook.evaluation.kept import KeptLines
 from cookbook.rewards import LoadedReward, score
 from cookbook.rollouts.ledger import sampling_seed
 from cookbook.rollouts.sampler import Policy
@@ -41,6 +37,8 @@ class Answer:
     """Which of the answers to its row, 0-based."""
     parts: Mapping[str, float] = field(default_factory=dict)
     """What the reward was made of, by name."""
+    version: str = ""
+    """Snapshot that served it; "" = the model as it was deployed."""
 
     def to_dict(self) -> dict[str, Any]:
         """The answer as JSON data."""
@@ -60,7 +58,7 @@ class Sampling:
     """Answer k to row i has the seed that completion k of row i has in a rollout with this run seed."""
     reward_timeout_s: float = 30.0
     version: str = ""
-    """The snapshot that was synced last."""
+    """The snapshot that was synced last, for answers that do not say which served them."""
 
 
 def answer_rows(
@@ -111,6 +109,7 @@ def answer_rows(
             finish_reason=sampled.finish_reason,
             sample=sample,
             parts={} if scored is None else dict(scored.parts),
+            version=sampled.version,
         )
         if on_answer is not None:
             on_answer(answer)
@@ -121,58 +120,28 @@ def answer_rows(
     return policy.run(all_of(one(row, sample) for row, sample in missing), timeout_s) if missing else []
 
 
-class AnswerFile:
-    """Answers of one model, appended to a file as they come, so that an evaluation that was killed goes on from there.
+class AnswerFile(KeptLines):
+    """Answers of one model, so that an evaluation that was killed goes on from there."""
 
-    The first line says what they are answers to; with another `fingerprint` the file begins anew.
-    """
-
-    def __init__(self, path: Path, fingerprint: str) -> None:
+    def __init__(self, path: Path, identity: Mapping[str, Any]) -> None:
         """Open the file, and read what is there.
 
         Raises:
+            ConfigError: it holds answers already, of another model or to something else.
             CheckpointError: it is damaged, or cannot be written.
         """
-        self._path = path
-        header, *lines = read_jsonl(path) or [{}]
-        if header.get("fingerprint") != fingerprint:
-            lines = []
-            path.unlink(missing_ok=True)
-        cut_torn_line(path)
-        self.answers = {(line["index"], line["sample"]): Answer(**line) for line in lines}
+        super().__init__(path, identity)
+        self.answers = {(line["index"], line["sample"]): Answer(**line) for line in self.lines}
         """(row, sample) -> answer."""
-        self._file = path.open("ab")
-        if self._file.tell() == 0:
-            self._write({"fingerprint": fingerprint})
 
     def add(self, answer: Answer) -> None:
-        """Keep an answer. One that is lost in a crash is sampled again, so this does not wait for the disk.
+        """Keep an answer.
 
         Raises:
             CheckpointError: the file cannot be written.
         """
         self.answers[answer.index, answer.sample] = answer
-        self._write(answer.to_dict())
-
-    def close(self) -> None:
-        """Close the file, when everything is on the disk."""
-        os.fsync(self._file.fileno())
-        self._file.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def _write(self, line: Mapping[str, Any]) -> None:
-        try:
-            self._file.write(orjson.dumps(line) + b"\n")
-            self._file.flush()
-        except OSError as error:
-            raise CheckpointError(f"{self._path} cannot be written: {error.strerror}. Free space.") from error
+        self.append(answer.to_dict())
 
 
 # Reference answers --------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ class GreedyEvaluation:
 
     reward: float
     parts: dict[str, float]
-    """Mean of each named part of the reward."""
+    """Mean of each named part of the reward; an answer without it counts as 0."""
     tokens_per_answer: float
     answers: tuple[Answer, ...] = field(repr=False)
 

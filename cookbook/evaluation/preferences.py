@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -22,8 +23,8 @@ if TYPE_CHECKING:
 
 __all__ = ["PreferenceEvalResult", "evaluate_preferences"]
 
-References = Callable[[Sequence[RenderedPair]], Sequence[PairReference]]
-"""Reference logprobs of pairs, one each, in their order."""
+References = Callable[[Sequence[RenderedPair], float | None], Sequence[PairReference]]
+"""Reference logprobs of pairs, one each, in their order; within so many seconds (None = its own limit)."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,7 @@ def evaluate_preferences(
     objective: PreferenceObjective,
     references: References | None,
     *,
+    is_reference: bool = False,
     chunk: int = 32,
     timeout_s: float | None = None,
 ) -> PreferenceEvalResult:
@@ -65,6 +67,8 @@ def evaluate_preferences(
         pairs: read once and lazily.
         objective: as `objective_of` makes it from a config.
         references: asked for one chunk at a time; not asked by an objective without a reference.
+        is_reference: the client's model is the reference, as a policy is before training: its own logprobs are taken
+            for both, so that the margin is 0 exactly, and `references` is not asked.
         chunk: pairs in one request, each of two sequences.
         timeout_s: seconds for all pairs; None = the client's default for each request.
 
@@ -74,26 +78,36 @@ def evaluate_preferences(
         RequestRejected: an answer is too long for the trainer, for one; or a logprob is not finite.
         TrainerLost: the trainer is gone, or the deadline has passed.
     """
-    if objective.needs_reference and references is None:
+    if objective.needs_reference and references is None and not is_reference:
         raise ShapeError(f"{objective.name} needs reference logprobs, and there are none.")
     deadline = None if timeout_s is None else Deadline(timeout_s)
     remaining = iter(pairs)
     sums: Counter[str] = Counter()
     num_pairs = 0
     while batch := list(itertools.islice(remaining, chunk)):
-        found = references(batch) if objective.needs_reference and references is not None else [None] * len(batch)
         _check_deadline(deadline, timeout_s, num_pairs)
-        seconds = None if deadline is None else max(deadline.remaining(), 0.001)  # a client takes 0 for its default
-        output = client.forward(pair_datums(batch), "cross_entropy", timeout_s=seconds)
+        output = client.forward(pair_datums(batch), "cross_entropy", timeout_s=_left(deadline))
         logprobs = [row["logprobs"].to_torch().double() for row in output.loss_fn_outputs]
-        for pair, response, reference in zip(batch, response_logprobs(batch, logprobs), found, strict=True):
+        responses = response_logprobs(batch, logprobs)
+        for pair, response in zip(batch, responses, strict=True):
             _check_finite(pair, response)
+        found: Sequence[PairReference | None] = [None] * len(batch)
+        if objective.needs_reference and is_reference:
+            found = [PairReference(*(math.fsum(side.tolist()) for side in response)) for response in responses]
+        elif objective.needs_reference and references is not None:
+            found = references(batch, _left(deadline))
+        for response, reference in zip(responses, found, strict=True):
             sums.update(_score(objective, *response, reference))  # floats as well as counts
         num_pairs += len(batch)
     if num_pairs == 0:
         raise DataError("there are no held-out pairs. Look at evaluation.dataset.")
     means = {name: value / num_pairs for name, value in sums.items()}
     return PreferenceEvalResult(num_pairs=num_pairs, **means)
+
+
+def _left(deadline: Deadline | None) -> float | None:
+    """Seconds for the next call; never 0, which a client takes for its default."""
+    return None if deadline is None else max(deadline.remaining(), 0.001)
 
 
 def _check_deadline(deadline: Deadline | None, timeout_s: float | None, num_pairs: int) -> None:

@@ -9,7 +9,6 @@ from statistics import fmean
 from typing import Any
 
 import numpy as np
-import orjson
 from numpy.typing import NDArray
 
 from cookbook.errors import CheckpointError
@@ -17,7 +16,7 @@ from cookbook.evaluation.answers import Answer, ReferenceLoss
 from cookbook.evaluation.bootstrap import Bootstrap, Estimate
 from cookbook.evaluation.passes import pass_at
 from cookbook.evaluation_config import AGAINST, MODEL, EvaluationConfig
-from cookbook.files import read_json, read_jsonl, write_json
+from cookbook.files import read_json, read_jsonl, replace_jsonl, write_json
 from cookbook.run import EVALUATION_FILE
 
 __all__ = ["ANSWERS_FILE", "EvaluationReport", "RowResult", "make_report"]
@@ -39,7 +38,7 @@ class RowResult:
     reference: str | None
     """The reference answer, where the row has one."""
     answers: Mapping[str, Sequence[Answer]] = field(repr=False)
-    """Role -> its answers."""
+    """Role -> its answers; none where nothing was to be measured on them."""
     losses: Mapping[str, ReferenceLoss] = field(default_factory=dict, repr=False)
     """Role -> what it makes of the reference answer."""
     wins: tuple[float, ...] = ()
@@ -93,16 +92,19 @@ class EvaluationReport:
     """Share of the answers of `model` that won, a tie being half a win."""
     outcomes: dict[str, int] = field(default_factory=dict)
     """"won", "tied", "lost": pairs of answers."""
+    versions: dict[str, str] = field(default_factory=dict)
+    """Role -> hot-loaded snapshot that was measured; without one, the model as it was deployed."""
     notes: tuple[str, ...] = ()
     results: tuple[RowResult, ...] = field(default=(), repr=False)
 
     @property
     def evaluation(self) -> dict[str, dict[str, float]]:
-        """Role -> measure -> value, and the "difference" and "win_rate": plain numbers for a tracker."""
+        """Role -> measure -> value, and the "difference" and "win_rate": plain numbers for a tracker. The ends of an
+        interval are beside its value, as <measure>_low and <measure>_high."""
         found = {**self.measures, "difference": self.difference}
         if self.win_rate is not None:
             found["win_rate"] = {"win_rate": self.win_rate}
-        return {group: {name: each.value for name, each in values.items()} for group, values in found.items() if values}
+        return {group: _numbers(values) for group, values in found.items() if values}
 
     def to_dict(self) -> dict[str, Any]:
         """The report as JSON data, less the answers."""
@@ -116,6 +118,7 @@ class EvaluationReport:
             "temperature": self.temperature,
             "confidence": self.confidence,
             "models": self.models,
+            "versions": self.versions,
             "measures": measures,
             "difference": _dicts(self.difference),
             "win_rate": None if self.win_rate is None else self.win_rate.to_dict(),
@@ -132,6 +135,7 @@ class EvaluationReport:
             measures={role: _estimates(values) for role, values in told["measures"].items()},
             difference=_estimates(told["difference"]),
             win_rate=None if told["win_rate"] is None else Estimate(**told["win_rate"]),
+            versions=told.get("versions", {}),
             notes=tuple(told["notes"]),
             results=tuple(results),
         )
@@ -142,13 +146,7 @@ class EvaluationReport:
         Raises:
             CheckpointError: the files cannot be written.
         """
-        path = folder / ANSWERS_FILE
-        try:
-            temporary = path.with_name(f".{path.name}")
-            temporary.write_bytes(b"".join(orjson.dumps(result.to_dict()) + b"\n" for result in self.results))
-            temporary.replace(path)
-        except OSError as error:
-            raise CheckpointError(f"{path} cannot be written: {error.strerror}. Free space.") from error
+        replace_jsonl(folder / ANSWERS_FILE, [result.to_dict() for result in self.results])
         write_json(folder / EVALUATION_FILE, {**self.to_dict(), **extra})
 
     @classmethod
@@ -156,16 +154,20 @@ class EvaluationReport:
         """The report in a run directory, and all that was written with it; None while there is none.
 
         Raises:
-            CheckpointError: it is damaged.
+            CheckpointError: it is damaged, or has not the answers that it was made of.
         """
         told = read_json(folder / EVALUATION_FILE)
         if told is None:
             return None
         try:
-            return cls.from_dict(told, [RowResult.from_dict(row) for row in read_jsonl(folder / ANSWERS_FILE)]), told
+            report = cls.from_dict(told, [RowResult.from_dict(row) for row in read_jsonl(folder / ANSWERS_FILE)])
         except (KeyError, TypeError) as error:
             what = f"{folder / EVALUATION_FILE} or {ANSWERS_FILE} beside it is damaged: {error!r}."
             raise CheckpointError(f"{what} Restore it, or use a new log_path.") from error
+        if len(report.results) != report.num_rows:
+            what = f"{folder / ANSWERS_FILE} has {len(report.results)} rows, and its report is of {report.num_rows}."
+            raise CheckpointError(f"{what} Restore it, or use a new log_path.")
+        return report, told
 
     # -- for people ----------------------------------------------------------------------------------------------------
 
@@ -177,7 +179,7 @@ class EvaluationReport:
         row: dict[str, Any] = {"row": result.index, "prompt": _shortened(result.prompt)}
         row["reference"] = None if result.reference is None else _shortened(result.reference)
         for role in self.models:
-            row[role] = _shortened(result.answers[role][0].text)
+            row[role] = _shortened(result.answers[role][0].text) if result.answers[role] else None
             row[f"{role}_reward"] = result.reward(role)
             loss = result.losses.get(role)
             row[f"{role}_loss"] = None if loss is None else loss.nats / loss.num_tokens
@@ -193,7 +195,7 @@ class EvaluationReport:
         )
         lines = [f"Evaluation {self.run_id}: {self._what()}", "", *(f"  {line}".rstrip() for line in cells), ""]
         lines += [f"  {line}" for line in self._remarks()]
-        return "\n".join([*lines, f"  every answer: {Path(self.log_path) / ANSWERS_FILE}"])
+        return "\n".join([*lines, f"  every row: {Path(self.log_path) / ANSWERS_FILE}"])
 
     def to_markdown(self) -> str:
         """A table for a Prefect artifact."""
@@ -203,13 +205,21 @@ class EvaluationReport:
         return "\n".join([f"## Evaluation {self.run_id}", "", self._what(), "", *rows, "", *remarks]) + "\n"
 
     def _what(self) -> str:
+        rows = f"{self.num_rows:,} rows of {self.dataset}"
+        if self.samples_per_row == 0:
+            return f"{rows}, no answers"
         answers = "1 answer each" if self.samples_per_row == 1 else f"{self.samples_per_row} answers each"
         how = "greedy" if self.temperature == 0 else f"temperature {self.temperature:g}"
-        return f"{self.num_rows:,} rows of {self.dataset}, {answers}, {how}"
+        return f"{rows}, {answers}, {how}"
+
+    def _name(self, role: str) -> str:
+        """What was measured in this role."""
+        version = self.versions.get(role)
+        return f"{self.models[role]} with snapshot {version}" if version else self.models[role]
 
     def _table(self) -> list[list[str]]:
         """Header, then a line a measure: a cell for each model, and for their difference."""
-        head = ["measure", *self.models.values(), *(["difference"] if self.difference else [])]
+        head = ["measure", *map(self._name, self.models), *(["difference"] if self.difference else [])]
         lines = [head]
         for name in self.measures[MODEL]:
             label, form = _labelled(name)
@@ -223,7 +233,7 @@ class EvaluationReport:
         remarks = []
         if self.win_rate is not None:
             counts = ", ".join(f"{name} {count:,}" for name, count in self.outcomes.items())
-            text = f"{self.models[MODEL]} wins {_shown(self.win_rate, '.1%')} against {self.models[AGAINST]}"
+            text = f"{self._name(MODEL)} wins {_shown(self.win_rate, '.1%')} against {self._name(AGAINST)}"
             remarks.append(f"{text} ({counts}; a tie is half a win)")
         remarks.append(f"in brackets: {self.confidence:.0%} bootstrap intervals over rows")
         return [*remarks, *self.notes]
@@ -236,12 +246,14 @@ def make_report(
     results: Sequence[RowResult],
     *,
     same_tokens: bool,
+    versions: Mapping[str, str] | None = None,
 ) -> EvaluationReport:
     """Means and intervals of what was measured. Every row counts alike, and every token of the reference answers.
 
     Args:
         results: at least one row.
         same_tokens: whether the models have one tokenizer; else their losses are not compared.
+        versions: role -> snapshot that it served, where one was hot loaded.
     """
     bootstrap = Bootstrap(config.bootstrap_samples, config.confidence, config.seed)
     columns = {role: _columns(results, role, config) for role in config.models}
@@ -249,7 +261,9 @@ def make_report(
         role: {name: bootstrap.mean(*column) for name, column in found.items()} for role, found in columns.items()
     }
     difference: dict[str, Estimate] = {}
-    notes: list[str] = []
+    notes = _part_notes(results, config)
+    if not config.wants_answers:
+        notes.append("no answers were sampled: without a reward or a second model nothing is measured on them")
     if config.against is not None:
         one, other = columns[MODEL], columns[AGAINST]
         shared = [name for name in one if name in other and (name != LOSS or same_tokens)]
@@ -262,7 +276,7 @@ def make_report(
         log_path=str(log_path),
         dataset=config.dataset,
         num_rows=len(results),
-        samples_per_row=config.samples_per_row,
+        samples_per_row=config.samples_per_row if config.wants_answers else 0,
         temperature=config.sampling_temperature,
         confidence=config.confidence,
         models=config.models,
@@ -270,6 +284,7 @@ def make_report(
         difference=difference,
         win_rate=bootstrap.mean([fmean(result.wins) for result in results]) if wins else None,
         outcomes=_outcomes(wins),
+        versions={role: version for role, version in (versions or {}).items() if version},
         notes=tuple(notes),
         results=tuple(results),
     )
@@ -279,12 +294,14 @@ _Column = tuple[NDArray[np.float64], NDArray[np.float64] | None]
 
 
 def _columns(results: Sequence[RowResult], role: str, config: EvaluationConfig) -> dict[str, _Column]:
-    """Measure -> what each row adds to it, and what each row counts (None = 1)."""
+    """Measure -> what each row adds to it, and what each row counts (None = 1). An absent part of a reward is 0."""
     found: dict[str, _Column] = {}
     losses = [result.losses[role] for result in results if role in result.losses]
     if losses:
         found[LOSS] = np.array([loss.nats for loss in losses]), np.array([float(loss.num_tokens) for loss in losses])
     answers_R = [result.answers[role] for result in results]
+    if not config.wants_answers:
+        return found
     if config.reward is not None:
         found["reward"] = np.array([fmean(_rewards(answers)) for answers in answers_R]), None
         right_R = [sum(reward >= config.pass_threshold for reward in _rewards(answers)) for answers in answers_R]
@@ -296,6 +313,18 @@ def _columns(results: Sequence[RowResult], role: str, config: EvaluationConfig) 
     found["tokens_per_answer"] = _means(answers_R, lambda answer: float(answer.num_tokens)), None
     found["truncated_share"] = _means(answers_R, lambda answer: float(answer.finish_reason == "length")), None
     return found
+
+
+def _part_notes(results: Sequence[RowResult], config: EvaluationConfig) -> list[str]:
+    """A line for each part of the reward that some answers did not get."""
+    notes = []
+    for role, model in config.models.items():
+        parts = [answer.parts for result in results for answer in result.answers[role]]
+        for name in sorted({name for each in parts for name in each}):
+            absent = sum(name not in each for each in parts)
+            if absent:
+                notes.append(f"reward/{name} of {model}: {absent:,} of {len(parts):,} answers lack it, and count as 0")
+    return notes
 
 
 def _means(answers_R: Sequence[Sequence[Answer]], number: Any) -> NDArray[np.float64]:
@@ -316,6 +345,15 @@ def _outcomes(wins: Sequence[float]) -> dict[str, int]:
 def _told(answer: Answer) -> dict[str, Any]:
     """An answer inside its row, which says the rest."""
     return {name: value for name, value in answer.to_dict().items() if name not in ("index", "prompt")}
+
+
+def _numbers(estimates: Mapping[str, Estimate]) -> dict[str, float]:
+    """Values and the ends of their intervals, by name."""
+    found: dict[str, float] = {}
+    for name, each in estimates.items():
+        ends = {"": each.value, "_low": each.low, "_high": each.high}
+        found |= {f"{name}{end}": value for end, value in ends.items() if value is not None}
+    return found
 
 
 def _dicts(estimates: Mapping[str, Estimate]) -> dict[str, Any]:

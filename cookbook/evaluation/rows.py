@@ -74,10 +74,9 @@ class EvaluationRow:
         tokens = renderer.prompt_tokens(messages, where, fields.get("tools"))
         return cls(index, tuple(messages), tuple(tokens.tolist()), fields, reference)
 
-    def length_problem(self, limit: int, max_completion_tokens: int, where: str) -> str | None:
-        """Why the row does not fit `limit` tokens, or None."""
-        total = len(self.prompt_tokens) + max_completion_tokens
-        if total > limit:
+    def length_problem(self, limit: int, max_completion_tokens: int | None, where: str) -> str | None:
+        """Why the row does not fit `limit` tokens, or None. max_completion_tokens: None = it is not to be answered."""
+        if max_completion_tokens is not None and len(self.prompt_tokens) + max_completion_tokens > limit:
             return (
                 f"{where} has a prompt of {len(self.prompt_tokens)} tokens, which leaves no room for "
                 f"max_completion_tokens={max_completion_tokens}: the limit is {limit}."
@@ -98,8 +97,13 @@ class EvaluationData:
     """Role -> the same rows, in file order, as the tokens of the model in that role."""
     reward: LoadedReward | None
     judge: Judge | None
-    same_tokens: bool
-    """Whether all models have one tokenizer: else their losses are a token of their own each, and not compared."""
+    tokenizers: Mapping[str, str] = field(repr=False)
+    """Role -> fingerprint of how its tokens are made."""
+
+    @property
+    def same_tokens(self) -> bool:
+        """Whether all models have one tokenizer: else their losses are a token of their own each, and not compared."""
+        return len(set(self.tokenizers.values())) == 1
 
     @property
     def num_rows(self) -> int:
@@ -158,8 +162,8 @@ def load_evaluation_data(
         problems += _trials(config, next(iter(rows.values()))[0], loaded, referee)
     if problems or file is None:
         raise ConfigError(list(dict.fromkeys(problems)))
-    fingerprints = {renderer.fingerprint for renderer in renderers.values() if renderer is not None}
-    data = EvaluationData(config.dataset, file.fingerprint, rows, loaded, referee, same_tokens=len(fingerprints) == 1)
+    tokenizers = {role: renderer.fingerprint for role, renderer in renderers.items() if renderer is not None}
+    data = EvaluationData(config.dataset, file.fingerprint, rows, loaded, referee, tokenizers)
     if loaded is None and referee is None and not data.references(next(iter(rows))):
         what = "is not set, and no row ends with a reference answer: there is nothing to measure."
         raise ConfigError([Problem("reward", what, "Set it, or give rows with an assistant message at the end.")])
@@ -173,13 +177,14 @@ def _read(
     rows: list[EvaluationRow] = []
     problems: list[str] = []
     num_rows = len(file) if config.max_rows is None else min(config.max_rows, len(file))
+    room = config.max_completion_tokens if config.wants_answers else None
     for index, fields in file.rows(num_rows):
         where = file.where(index)
         try:
             if isinstance(fields, DataError):
                 raise fields
             row = EvaluationRow.of(index, fields, renderer, where)
-            problem = None if limit is None else row.length_problem(limit, config.max_completion_tokens, where)
+            problem = None if limit is None else row.length_problem(limit, room, where)
             if problem is None and reward is not None and reward.check is not None:
                 unscored = reward.check(fields)
                 problem = None if unscored is None else f"{where} {unscored}"

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import inspect
+import json
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from cookbook.deadlines import call_with_deadline
 from cookbook.errors import RewardError
+from cookbook.evaluation.kept import KeptLines
 from cookbook.rewards import LoadedReward, dry_run, score
 from cookbook.rewards.load import import_function
 from cookbook.rollouts.turns import all_of
 
-__all__ = ["Duel", "Judge", "judge_duels", "load_judge", "reward_wins", "try_judge"]
+__all__ = ["Duel", "Judge", "VerdictFile", "judge_duels", "load_judge", "reward_wins", "try_judge"]
 
 _AT_ONCE = 16  # a judge may be a service with limits of its own
 _GRACE_S = 30.0
@@ -40,6 +44,41 @@ class Duel:
     other: str
     where: str
     """How errors name it."""
+
+    @property
+    def digest(self) -> str:
+        """sha256 (hex) over which duel it is and what both said."""
+        return hashlib.sha256(json.dumps([self.where, self.answer, self.other]).encode()).hexdigest()
+
+
+class VerdictFile(KeptLines):
+    """What a judge has said, so that no duel is judged, and paid for, twice."""
+
+    def __init__(self, path: Path, judge: Judge) -> None:
+        """Open the file, and read what is there.
+
+        Raises:
+            ConfigError: it holds the verdicts of another judge.
+            CheckpointError: it is damaged, or cannot be written.
+        """
+        super().__init__(path, {"judge": judge.name})
+        self._verdicts: dict[str, float] = {line["duel"]: line["verdict"] for line in self.lines}
+
+    def __len__(self) -> int:
+        return len(self._verdicts)
+
+    def find(self, duel: Duel) -> float | None:
+        """What the judge said of a duel; None while it has not been asked."""
+        return self._verdicts.get(duel.digest)
+
+    def add(self, duel: Duel, verdict: float) -> None:
+        """Keep a verdict.
+
+        Raises:
+            CheckpointError: the file cannot be written.
+        """
+        self._verdicts[duel.digest] = verdict
+        self.append({"duel": duel.digest, "where": duel.where, "verdict": verdict})
 
 
 def load_judge(spec: str) -> Judge:
@@ -71,7 +110,14 @@ def try_judge(judge: Judge, row: Mapping[str, Any], timeout_s: float, *, where: 
     _checked(dry_run(_as_reward(judge, duel), row, timeout_s, where=where).value, judge, duel)
 
 
-def judge_duels(judge: Judge, duels: Sequence[Duel], *, reward_timeout_s: float, timeout_s: float) -> list[float]:
+def judge_duels(
+    judge: Judge,
+    duels: Sequence[Duel],
+    *,
+    reward_timeout_s: float,
+    timeout_s: float,
+    kept: VerdictFile | None = None,
+) -> list[float]:
     """What the judge says of each duel: 1 = answer, 0.5 = neither, 0 = other. Called once each, the answer first.
 
     A judge that is drawn to a place must itself look from both sides.
@@ -79,15 +125,21 @@ def judge_duels(judge: Judge, duels: Sequence[Duel], *, reward_timeout_s: float,
     Args:
         reward_timeout_s: seconds for one call.
         timeout_s: seconds for all.
+        kept: verdicts that are there already, and gets the others as they come.
 
     Raises:
         RewardError: as `try_judge`, or not all were judged in time.
     """
 
     async def one(duel: Duel, free: asyncio.Semaphore) -> float:
+        if kept is not None and (known := kept.find(duel)) is not None:
+            return known
         async with free:
             given = await score(_as_reward(judge, duel), duel.answer, duel.row, reward_timeout_s, where=duel.where)
-        return _checked(given.value, judge, duel)
+        verdict = _checked(given.value, judge, duel)
+        if kept is not None:
+            kept.add(duel, verdict)
+        return verdict
 
     async def every() -> list[float]:
         free = asyncio.Semaphore(_AT_ONCE)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from cookbook.models.folders import HUB_NAME
@@ -95,8 +95,9 @@ def _front_matter(provenance: Provenance, adapter: bool) -> str:
 
 def _base_name(provenance: Provenance) -> str | None:
     """The model that was trained, as others know it: a hub name whole, of anything else the last part."""
-    if provenance.parents and provenance.init_from is None:
-        return _short(provenance.parents[0].model)
+    known = [link for link in provenance.parents if link.origin != "unknown"]
+    if known and provenance.init_from is None:
+        return _short(known[0].model)
     return None if provenance.base_model is None else _short(provenance.base_model)
 
 
@@ -151,17 +152,50 @@ def _lineage(provenance: Provenance) -> str:
     text = _table(["model", "how it was made", "data", "source", "licence"], lines)
     if provenance.base_fingerprint:
         text += f"\n\nThe base's config and weights have the sha256 fingerprint `{provenance.base_fingerprint}`."
-    return text + ("\n\nEach model was made from the one in the line below it." if provenance.parents else "")
+    if not provenance.parents:
+        return text
+    limit = ", as far as that is known" if _has_unknown(provenance) else ""
+    return f"{text}\n\nEach model was made from the one in the line below it{limit}."
+
+
+def _has_unknown(provenance: Provenance) -> bool:
+    return any(link.origin == "unknown" for link in provenance.parents)
 
 
 def _evaluation(provenance: Provenance) -> str:
-    if not provenance.evaluation:
-        return "No held-out evaluation of these weights was recorded."
+    if not (provenance.evaluation or provenance.evaluations):
+        return "No evaluation of these weights was recorded."
+    during = [_of_run(provenance)] if provenance.evaluation else []
+    return "\n\n".join([*during, *(_of_eval(provenance, told) for told in provenance.shared().evaluations)])
+
+
+def _of_run(provenance: Provenance) -> str:
+    """What the run itself measured."""
     stages = list(provenance.evaluation)
     names = dict.fromkeys(name for values in provenance.evaluation.values() for name in values)
     rows = [(name, *(_number(provenance.evaluation[stage].get(name)) for stage in stages)) for name in names]
     table = _table(["held-out rows", *(f"{stage} training" for stage in stages)], rows)
     return f"{table}\n\nLosses are in nats a token; accuracies, matches and rewards are means."
+
+
+def _of_eval(provenance: Provenance, told: Mapping[str, Any]) -> str:
+    """One evaluation of `cookbook eval`, with its intervals."""
+    count = told["samples_per_row"]
+    each = "no answers" if count == 0 else "1 answer each" if count == 1 else f"{count} answers each"
+    answers = each if count == 0 else f"{each} at temperature {told['temperature']:g}"
+    reward = f", reward `{told['reward']}`" if told.get("reward") else ""
+    is_trained = told["data_fingerprint"] == provenance.dataset_sha256
+    text = (
+        f"`cookbook eval`, {told['date']}, run {told['run_id']}: {told['num_rows']:,} rows of `{told['dataset']}` "
+        f"(sha256 `{told['data_fingerprint']}`), {answers}{reward}. "
+        + ("It is the file that the model was trained on. " if is_trained else "")
+        + f"In brackets: {told['confidence']:.0%} bootstrap intervals over rows."
+    )
+    rows = [
+        (name, _number(found["value"]), f"[{_number(found['low'])}, {_number(found['high'])}]")
+        for name, found in told["measures"].items()
+    ]
+    return f"{text}\n\n{_table(['measure', 'value', 'interval'], rows)}"
 
 
 def _loading(name: str, adapter: bool, base: str | None) -> str:
@@ -195,8 +229,8 @@ def _loading(name: str, adapter: bool, base: str | None) -> str:
 def _limits(provenance: Provenance) -> Iterator[str]:
     if provenance.origin == "trained":
         yield f"It has the limits and biases of {_code(_base_name(provenance))}, and those of its training data."
-    if provenance.evaluation:
-        yield "It was evaluated on the held-out rows above and on nothing else; safety was not evaluated."
+    if provenance.evaluation or provenance.evaluations:
+        yield "It was evaluated on the rows above and on nothing else; safety was not evaluated."
     else:
         yield "Neither its abilities nor its safety were evaluated."
     length = provenance.config.get("max_seq_len")
@@ -206,7 +240,8 @@ def _limits(provenance: Provenance) -> Iterator[str]:
 
 def _licence(provenance: Provenance) -> str:
     if provenance.licence is None:
-        return "Unknown: no model that it was made from says. Find out before you pass it on."
+        why = "of some weights behind it nothing is known" if _has_unknown(provenance) else "no model behind it says"
+        return f"Unknown: {why}. Find out before you pass it on."
     if provenance.origin != "trained":
         return f"{provenance.licence}."
     by = next((link for link in provenance.parents if link.licence == provenance.licence), None)

@@ -25,11 +25,10 @@ from cookbook.models.card import model_card
 from cookbook.models.folders import (
     CONFIG_PATTERNS,
     HUB_NAME,
-    MODEL_RECORD,
     TOKENIZER_PATTERNS,
+    adapted_model,
     check_model_folder,
     find_folder,
-    resolve_model,
 )
 from cookbook.models.provenance import PROVENANCE_FILE, Provenance, read_provenance
 
@@ -98,7 +97,7 @@ def export_model(
     chosen = _chosen_format(found, format, dtype, is_adapter)
     target = _target(folder)
     provenance = read_provenance(home, str(found))
-    base = _base_of_adapter(found, home) if is_adapter else found
+    base = adapted_model(found, home / "models") if is_adapter else found
     tokenizer = _tokenizer_folder(found, base, provenance, home)
     with _built_beside(target) as building:
         progress(f"writing {chosen} weights")
@@ -166,7 +165,7 @@ def card_of(model: str, home: Path) -> tuple[Provenance, str]:
     provenance = read_provenance(home, name)
     base = None
     if provenance.kind == "adapter" and not _ELSEWHERE.fullmatch(name):
-        base = _hub_or_folder(provenance, _base_of_adapter(find_model(name, home), home))
+        base = _hub_or_folder(provenance, adapted_model(find_model(name, home), home / "models"))
     title = name.rstrip("/").rpartition("/")[2]
     return provenance, model_card(provenance, name=title, adapter=provenance.kind == "adapter", base=base)
 
@@ -251,25 +250,13 @@ def _remove_leftovers(target: Path) -> None:
             os.close(descriptor)
 
 
-def _base_of_adapter(found: Path, home: Path) -> Path:
-    """The folder of an adapter's base model, by its name on the wire or as the adapter itself names it."""
-    given = (read_json(found / MODEL_RECORD) or {}).get("base_model")
-    named = (read_json(found / ADAPTER_FILES[0]) or {}).get("base_model_name_or_path")
-    problem = None
-    for name in dict.fromkeys(name for name in (given, named) if name):
-        try:
-            return resolve_model(name, home / "models")
-        except ModelError as error:
-            problem = error
-    raise ModelError(
-        f"the base model of the adapter {found.name} is not on this machine: {problem or 'it names none'} "
-        "The adapter is of no use without it: bring it back first."
-    )
-
-
 def _tokenizer_folder(found: Path, base: Path, provenance: Provenance, home: Path) -> Path:
-    """Where the tokenizer that the model was trained with lies."""
-    config = provenance.config
+    """Where the tokenizer that the model was trained with lies.
+
+    What a run of this home was given, else the folder's own: an exported folder has the right one, and what the record
+    in it names is of the machine that wrote it.
+    """
+    config = provenance.config if not (found / PROVENANCE_FILE).is_file() else {}
     chosen = config.get("tokenizer_model") or (config.get("deployment") or {}).get("tokenizer_model")
     if chosen:
         return find_folder(chosen, home / "models", hub_patterns=(*CONFIG_PATTERNS, *TOKENIZER_PATTERNS))
@@ -279,7 +266,15 @@ def _tokenizer_folder(found: Path, base: Path, provenance: Provenance, home: Pat
 def _copy(source: Path, building: Path, patterns: tuple[str, ...]) -> None:
     for path in sorted({path for pattern in patterns for path in source.glob(pattern)}):
         if path.is_file() and path.suffix in (*_TEXT_SUFFIXES, ".safetensors"):
+            _check_readable(path)
             shutil.copyfile(path, building / path.name)
+
+
+def _check_readable(path: Path) -> None:
+    try:
+        path.open("rb").close()
+    except OSError as error:
+        raise ModelError(f"{path} cannot be read: {error.strerror}. Get the model anew.") from error
 
 
 def _copy_adapter(found: Path, building: Path, provenance: Provenance) -> None:
@@ -295,7 +290,8 @@ def _write_json(path: Path, value: dict[str, Any]) -> None:
 
 def _hub_or_folder(provenance: Provenance, folder: Path) -> str:
     """What an adapter's base is loaded by: its hub name, which everyone has, else its folder on this machine."""
-    hub = next((parent.model for parent in provenance.parents[:1] if HUB_NAME.fullmatch(parent.model)), None)
+    known = [parent.model for parent in provenance.parents if parent.origin != "unknown"]
+    hub = next((model for model in known[:1] if HUB_NAME.fullmatch(model)), None)
     return hub or str(folder)
 
 
@@ -313,12 +309,16 @@ def _copy_model(found: Path, building: Path, dtype: str | None) -> list[str]:
 
 def _dtype_of(folder: Path) -> str:
     """Of the largest tensor in the first weight file, as torch names it."""
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
     names = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-    with safe_open(min(folder.glob("*.safetensors")), framework="pt") as tensors:
-        parts = [tensors.get_slice(name) for name in tensors.keys()]  # noqa: SIM118
-        kind = str(max(parts, key=lambda part: math.prod(part.get_shape())).get_dtype())
+    path = min(folder.glob("*.safetensors"))
+    try:
+        with safe_open(path, framework="pt") as tensors:
+            parts = [tensors.get_slice(name) for name in tensors.keys()]  # noqa: SIM118
+            kind = str(max(parts, key=lambda part: math.prod(part.get_shape())).get_dtype())
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"{path} cannot be read: {error}. Get the model anew.") from error
     return names.get(kind, kind)
 
 

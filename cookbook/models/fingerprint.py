@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cookbook.errors import ModelError
-from cookbook.models.folders import resolve_model
+from cookbook.files import read_json
+from cookbook.models.folders import adapted_model, resolve_model
 
 if TYPE_CHECKING:
     from cookbook.config import DPOConfig
 
-__all__ = ["model_fingerprint", "reference_fingerprint"]
+__all__ = ["model_fingerprint", "reference_fingerprint", "served_fingerprint"]
 
 _BLOCK_BYTES = 2**20
 
@@ -43,6 +44,26 @@ def model_fingerprint(backend: str, base_model: str, models_dir: Path) -> str:
     return sha256.hexdigest()
 
 
+def served_fingerprint(backend: str, model: str, models_dir: Path) -> str:
+    """As `model_fingerprint`, of a model that can be served: a LoRA adapter too, with the base model that it adapts.
+
+    Raises:
+        ModelError: as for `model_fingerprint`; of an adapter's base too.
+        CheckpointError: adapter_config.json is damaged.
+    """
+    if backend != "embedded":
+        return model
+    folder = resolve_model(model, models_dir, adapters=True)
+    if (folder / "config.json").is_file():
+        return model_fingerprint(backend, str(folder), models_dir)
+    config = read_json(folder / "adapter_config.json") or {}
+    config.pop("base_model_name_or_path", None)  # a place, and not what lies there
+    base = model_fingerprint(backend, str(adapted_model(folder, models_dir)), models_dir)
+    weights = {path.name: _file_digest(path) for path in sorted(folder.glob("*.safetensors"))}
+    text = json.dumps({"config": config, "base": base, "weights": weights}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 def reference_fingerprint(config: DPOConfig, models_dir: Path) -> str:
     """sha256 (hex) over all that changes the logprobs of a DPO run's reference: the base model, and how it is run.
 
@@ -54,6 +75,7 @@ def reference_fingerprint(config: DPOConfig, models_dir: Path) -> str:
     infra = config.infra
     own_shape = infra.ref_training_shape_id if config.needs_reference_trainer else None
     parts = {
+        "compute_dtype": _computes_bfloat16() if config.backend == "embedded" else None,
         "backend": config.backend,
         "base_model": model_fingerprint(config.backend, config.base_model, models_dir),
         "extra_args": [argument for argument in infra.extra_args or [] if not argument.startswith("--threads=")],
@@ -61,6 +83,13 @@ def reference_fingerprint(config: DPOConfig, models_dir: Path) -> str:
         "image": infra.custom_image_tag,
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _computes_bfloat16() -> bool:
+    """Whether this CPU multiplies bfloat16 matrices, which --compute-dtype=auto follows."""
+    import torch
+
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def _file_digest(path: Path) -> str:

@@ -20,6 +20,7 @@ __all__ = [
     "HUB_NAME",
     "MODEL_RECORD",
     "ModelFolder",
+    "adapted_model",
     "check_model_folder",
     "context_length",
     "find_folder",
@@ -98,6 +99,27 @@ def resolve_model(name: str, models_dir: Path, *, adapters: bool = False) -> Pat
     if not (adapters and (folder / "adapter_config.json").is_file()):
         check_model_folder(folder)
     return folder.resolve()
+
+
+def adapted_model(adapter: Path, models_dir: Path) -> Path:
+    """The folder of the model that the LoRA adapter in this folder adapts, by its name on the wire (model.json), else
+    as the adapter itself names it (adapter_config.json): a folder, a hub name.
+
+    Raises:
+        ModelError: it names none, or that is no whole model.
+    """
+    record = _read_json(adapter / MODEL_RECORD) if (adapter / MODEL_RECORD).is_file() else {}
+    named = (record.get("base_model"), _read_json(adapter / "adapter_config.json").get("base_model_name_or_path"))
+    problem = None
+    for name in dict.fromkeys(name for name in named if name and isinstance(name, str)):
+        try:
+            return resolve_model(name, models_dir)
+        except ModelError as error:
+            problem = error
+    raise ModelError(
+        f"the base model of the adapter {adapter.name} is not on this machine: {problem or 'it names none.'} "
+        "The adapter is of no use without it: bring it back first."
+    )
 
 
 def find_folder(name: str, models_dir: Path, *, hub_patterns: Sequence[str]) -> Path:

@@ -30,15 +30,15 @@ def merge_adapter(base: Path, adapter: Path, into: Path, dtype: str | None) -> l
         Notes for the model's card.
 
     Raises:
-        ModelError: base or adapter cannot be loaded, or do not fit together.
+        ModelError: base or adapter cannot be loaded, do not fit together, or have a weight too large for the dtype.
     """
     from peft import PeftModel
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
-    stored = _stored_dtype(AutoConfig.from_pretrained(base, local_files_only=True, trust_remote_code=False))
-    chosen = getattr(torch, dtype) if dtype is not None else stored
     with _quiet_libraries():
         try:
+            stored = _stored_dtype(AutoConfig.from_pretrained(base, local_files_only=True, trust_remote_code=False))
+            chosen = getattr(torch, dtype) if dtype is not None else stored
             model = AutoModelForCausalLM.from_pretrained(
                 base, dtype=torch.float32, local_files_only=True, trust_remote_code=False, use_safetensors=True
             )
@@ -47,8 +47,8 @@ def merge_adapter(base: Path, adapter: Path, into: Path, dtype: str | None) -> l
             merged = PeftModel.from_pretrained(model, str(adapter), autocast_adapter_dtype=False).merge_and_unload()
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise ModelError(f"the adapter in {adapter} cannot be merged into {base}: {error}") from error
-        for parameter in merged.parameters():
-            parameter.data = _rounded(parameter.data, chosen)
+        for name, parameter in merged.named_parameters():
+            parameter.data = _converted(name, parameter.data, chosen)
         merged.config.dtype = chosen
         merged.generation_config = GenerationConfig()  # the base's own file is copied
         try:
@@ -80,11 +80,15 @@ def _quiet_libraries() -> Iterator[None]:
 
 
 def cast_weights(folder: Path, dtype: str) -> None:
-    """Replace the floating-point weights of a model folder, file by file, by the same in another dtype."""
+    """Replace the floating-point weights of a model folder, file by file, by the same in another dtype.
+
+    Raises:
+        ModelError: a weight is too large for it.
+    """
     chosen = getattr(torch, dtype)
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:
-            tensors = {name: _rounded(file.get_tensor(name), chosen) for name in file.keys()}  # noqa: SIM118
+            tensors = {name: _converted(name, file.get_tensor(name), chosen) for name in file.keys()}  # noqa: SIM118
         try:
             save_file(tensors, path, metadata={"format": "pt"})
         except SafetensorError as error:
@@ -115,6 +119,16 @@ def _untie(model: Any) -> None:
     head = model.get_output_embeddings()
     head.weight = nn.Parameter(head.weight.detach().clone())
     model.config.tie_word_embeddings = False
+
+
+def _converted(name: str, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """`_rounded`. ModelError where a number became infinite: float16 ends at 65,504."""
+    rounded = _rounded(weight, dtype)
+    lost = torch.isinf(rounded) if rounded.dtype != weight.dtype else None
+    if lost is not None and bool(torch.isfinite(weight[lost]).any()):
+        largest, kind = weight.abs().max().item(), str(dtype).removeprefix("torch.")
+        raise ModelError(f"weight {name} has {largest:g}, too large for {kind}. Export as bfloat16 or float32.")
+    return rounded
 
 
 def _rounded(weight: Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,7 +1,8 @@
 """Where a model comes from: one record a promoted model, with every model behind it, under <home>/provenance.
 
-A record is written at promotion. For a model without one, what its folder and the runs of this home still tell is put
-together. What nothing tells is None, which people read as "unknown". No torch; the card and the export read this.
+A record is written at promotion; evaluations are added later. For a model without one, what its folder and the runs of
+this home still tell is put together. What nothing tells is None, which people read as "unknown". No torch; the card and
+the export read this.
 """
 
 from __future__ import annotations
@@ -10,14 +11,15 @@ import dataclasses
 import logging
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from cookbook.errors import CheckpointError, DataError, ModelError
-from cookbook.files import read_json, read_jsonl, write_json
+from cookbook.errors import CheckpointError, ModelError
+from cookbook.files import file_lock, read_json, read_jsonl, write_json
 from cookbook.models.catalogue import CATALOGUE
 from cookbook.models.fingerprint import model_fingerprint
 from cookbook.models.folders import HUB_NAME, LOCAL_MODEL, MODEL_RECORD, find_folder
@@ -25,8 +27,17 @@ from cookbook.models.folders import HUB_NAME, LOCAL_MODEL, MODEL_RECORD, find_fo
 if TYPE_CHECKING:
     from cookbook.checkpoints import CheckpointRow
     from cookbook.promotion import PromotedModel
+    from cookbook.snapshots import SnapshotRef
 
-__all__ = ["PROVENANCE_FILE", "Provenance", "provenance_of", "read_provenance", "record_path", "record_provenance"]
+__all__ = [
+    "PROVENANCE_FILE",
+    "Provenance",
+    "add_evaluation",
+    "provenance_of",
+    "read_provenance",
+    "record_path",
+    "record_provenance",
+]
 
 PROVENANCE_FILE = "provenance.json"
 """The record that lies in an exported folder, so that the chain goes on wherever the folder does."""
@@ -35,6 +46,7 @@ PACKAGES = ("cookbook-flows", "fireworks-ai", "peft", "safetensors", "tokenizers
 
 _JOB_OF_RUN = re.compile(r"(?P<run>(?P<recipe>[a-z]+)-[0-9a-f]{8})-policy-g\d+")
 _SNAPSHOT_SUFFIX = re.compile(r"-[0-9a-f]{8}$")  # the SDK appends it to the names of sampler snapshots
+_LOCK_TIMEOUT_S = 30.0
 
 logger = logging.getLogger(__name__)
 
@@ -46,13 +58,15 @@ class Provenance:
     model: str
     """Name: a resource name (accounts/<account>/models/<id>), a hub name, or that of a folder."""
     origin: str
-    """"trained" (by a run), "pulled" (`cookbook models pull`) or "foreign" (made elsewhere)."""
+    """"trained" (by a run), "pulled" (`cookbook models pull`), "foreign" (made elsewhere), or "unknown": weights that a
+    run began with, of which nothing else is known."""
     kind: str = "model"
     """"model" (whole) or "adapter" (LoRA)."""
     source: str | None = None
     """Trained: the promoted checkpoint. Pulled: requirement and file. Foreign: where it lies, or its hub revision."""
     licence: str | None = None
-    """SPDX identifier; a trained model has that of the nearest model behind it that says."""
+    """SPDX identifier; a trained model has that of the nearest model behind it that says. None is inherited past an
+    unknown one."""
     created: str | None = None
     """UTC, ISO 8601."""
     base_model: str | None = None
@@ -68,7 +82,7 @@ class Provenance:
     dataset: str | None = None
     """As in the run's config."""
     dataset_sha256: str | None = None
-    """Of the data file's bytes, when the record was made."""
+    """Of the data file's bytes, when the run read it."""
     dataset_rows: int | None = None
     """Rows of the same file."""
     data_fingerprint: str | None = None
@@ -84,6 +98,9 @@ class Provenance:
     """init_from_checkpoint of the run: weights it began with instead of the base's."""
     evaluation: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     """"before" and "after" training, on held-out rows; what the run measured."""
+    evaluations: tuple[Mapping[str, Any], ...] = ()
+    """Those of `cookbook eval`, oldest first: run_id, date, dataset, data_fingerprint (sha256 of its bytes), num_rows,
+    samples_per_row, temperature, reward, confidence, measures (name -> value, low, high)."""
     code_version: str | None = None
     """Of the cookbook, when the model was promoted."""
     packages: Mapping[str, str] = field(default_factory=dict)
@@ -103,7 +120,8 @@ class Provenance:
         if not isinstance(values.get("model"), str) or not isinstance(values.get("origin"), str):
             raise ModelError(f"a provenance record needs model and origin, got the keys {sorted(values)}.")
         return cls(
-            **{key: value for key, value in values.items() if key in known},
+            **{key: value for key, value in values.items() if key in known - {"evaluations"}},
+            evaluations=tuple(values.get("evaluations", [])),
             parents=tuple(Provenance.from_dict(parent) for parent in parents),
         )
 
@@ -126,6 +144,7 @@ class Provenance:
             base_model=_last_part(self.base_model),
             dataset=_last_part(self.dataset),
             config={name: _last_part(value) for name, value in fixed_fields(self.config).items()},
+            evaluations=tuple({**told, "dataset": _last_part(told.get("dataset"))} for told in self.evaluations),
             parents=tuple(parent.shared() for parent in self.parents),
         )
 
@@ -138,22 +157,60 @@ def record_path(home: Path, model: str) -> Path:
 
 
 def record_provenance(home: Path, provenance: Provenance) -> Path:
-    """Write the record of a promoted model, in one piece; an older one of the same name is replaced.
+    """Write the record of a promoted model, in one piece; an older one of the same name is replaced. When that was of
+    the same checkpoint, its evaluations stay.
 
     Raises:
-        CheckpointError: it cannot be written.
+        CheckpointError: it cannot be written, or the older one is damaged.
     """
     path = record_path(home, provenance.model)
-    write_json(path, provenance.to_dict())
+    with _locked(path):
+        older = read_json(path) or {}
+        is_same = older.get("source") == provenance.source and not provenance.evaluations
+        kept = {"evaluations": older.get("evaluations", [])} if is_same else {}
+        write_json(path, provenance.to_dict() | kept)
     return path
 
 
-def provenance_of(log_path: Path, model: PromotedModel, row: CheckpointRow, *, home: Path) -> Provenance:
+def add_evaluation(home: Path, model: str, role: str, told: Mapping[str, Any]) -> bool:
+    """Add the result of `cookbook eval` to the record of a model; one of the same run is replaced.
+
+    Only models that were promoted from here or pulled have records: others can change under their name.
+
+    Args:
+        model: as for `read_provenance`.
+        role: of the model in the evaluation.
+        told: evaluation.json of the evaluation.
+
+    Returns:
+        Whether it was added. What prevents that is logged and never raised: the evaluation itself is whole.
+    """
+    try:
+        known = read_provenance(home, model)
+        path = record_path(home, known.model)
+        if not _has_record(home, model, known, path):
+            logger.info("%s has no record of its own: the evaluation %s is not added to any", model, told["run_id"])
+            return False
+        with _locked(path):
+            known = read_provenance(home, model)
+            others = (entry for entry in known.evaluations if entry.get("run_id") != told["run_id"])
+            entries = (*others, _evaluation_of(role, told))
+            write_json(path, dataclasses.replace(known, evaluations=entries).to_dict())
+    except (CheckpointError, ModelError) as error:
+        logger.warning("evaluation %s was not added to the record of %s: %s", told["run_id"], model, error)
+        return False
+    return True
+
+
+def provenance_of(
+    log_path: Path, model: PromotedModel, saved: CheckpointRow | SnapshotRef, *, home: Path
+) -> Provenance:
     """The record of a model that was promoted just now.
 
     Args:
         log_path: directory of the run, whose run.json and metrics.jsonl are read. It need not be owned.
-        row: the promoted checkpoint, out of the run's checkpoints.jsonl.
+        saved: the promoted checkpoint: a row of the run's checkpoints.jsonl, or a snapshot that no row names (that of a
+            weight sync).
         home: COOKBOOK_HOME, with the models and records behind this one.
 
     Raises:
@@ -163,8 +220,7 @@ def provenance_of(log_path: Path, model: PromotedModel, row: CheckpointRow, *, h
     from cookbook.embedded import code_version
 
     about = _model_record(model.folder)
-    told = _of_row(log_path, row, home, about.get("base_model"))
-    rows, sha256 = _file_of(told.dataset)
+    told = _of_saved(log_path, saved, home, about.get("base_model"))
     return dataclasses.replace(
         told,
         model=model.name,
@@ -172,8 +228,6 @@ def provenance_of(log_path: Path, model: PromotedModel, row: CheckpointRow, *, h
         source=about.get("source") or told.source,
         created=about.get("created") or datetime.now(UTC).isoformat(timespec="seconds"),
         base_fingerprint=_fingerprint(home, about.get("base_model") or told.base_model),
-        dataset_sha256=sha256,
-        dataset_rows=rows,
         code_version=code_version(),
         packages={name: version for name in PACKAGES if (version := _version(name)) is not None},
     )
@@ -254,8 +308,44 @@ def _of_job(job: str, snapshot: str, base: str | None, home: Path) -> Provenance
     )
 
 
-def _of_row(log_path: Path, row: CheckpointRow, home: Path, wire: str | None = None) -> Provenance:
-    """What a run's own files tell of one of its checkpoints. `wire` is what the backend knew its base model by."""
+def _of_saved(log_path: Path, saved: CheckpointRow | SnapshotRef, home: Path, wire: str | None) -> Provenance:
+    """What is known of a checkpoint of a run. Of a snapshot without a row: nothing that changes from step to step, and
+    not whose it is where other runs save in its trainer too."""
+    from cookbook.checkpoints import CheckpointRow
+    from cookbook.snapshots import StoredRun, adopted_by_others, own_trainers
+
+    if isinstance(saved, CheckpointRow):
+        return _of_row(log_path, saved, home, wire)
+    run, name = StoredRun.read(log_path), _SNAPSHOT_SUFFIX.sub("", saved.name)
+    if saved.job_id not in set(own_trainers(log_path)) - adopted_by_others(home, run.run_id):
+        base = run.config.get("base_model")
+        unknown = Provenance(f"weights of trainer {saved.job_id}", "unknown")
+        return Provenance(
+            model=saved.name,
+            origin="trained",
+            source=saved.name,
+            base_model=base,
+            checkpoint=name,
+            trainer_job=saved.job_id,
+            parents=(unknown, *_chain_of_base(home, base, wire)),
+        )
+    row = CheckpointRow(name, 0, 0, sampler_path=saved.name, source_job_id=saved.job_id)
+    return dataclasses.replace(_of_row(log_path, row, home, wire), step=None, rows_consumed=None, evaluation={})
+
+
+def _of_row(
+    log_path: Path,
+    row: CheckpointRow,
+    home: Path,
+    wire: str | None = None,
+    after: frozenset[Path] = frozenset(),
+) -> Provenance:
+    """What a run's own files tell of one of its checkpoints.
+
+    Args:
+        wire: what the backend knew its base model by.
+        after: directories of the runs that came later, which cannot be behind this one.
+    """
     from cookbook.run import RUN_FILE
 
     record = read_json(log_path / RUN_FILE)
@@ -263,7 +353,10 @@ def _of_row(log_path: Path, row: CheckpointRow, home: Path, wire: str | None = N
         raise CheckpointError(f"{log_path} has no {RUN_FILE}, so it is not a run directory. Name the run's log_path.")
     config = record.get("config", {})
     base, init_from = config.get("base_model"), config.get("init_from_checkpoint")
-    parents = _chain_of_checkpoint(home, init_from, row) or _chain_of_base(home, base, wire)
+    parents = _chain_of_base(home, base, wire)
+    if init_from:
+        unknown = Provenance(f"checkpoint {init_from}", "unknown")
+        parents = _chain_of_checkpoint(home, log_path, after | {log_path.resolve()}) or (unknown, *parents)
     return Provenance(
         model=f"checkpoint {row.name} of run {record['run_id']}",
         origin="trained",
@@ -277,6 +370,8 @@ def _of_row(log_path: Path, row: CheckpointRow, home: Path, wire: str | None = N
         config_fingerprint=record.get("config_fingerprint"),
         seed=config.get("seed"),
         dataset=config.get("dataset"),
+        dataset_sha256=record.get("data_sha256"),
+        dataset_rows=record.get("data_rows"),
         data_fingerprint=record.get("data_fingerprint"),
         rows_consumed=row.data_consumed,
         checkpoint=row.name,
@@ -309,14 +404,14 @@ def _of_hub(name: str, folder: Path) -> Provenance:
     return Provenance(name, "foreign", source=source, licence=_licence(folder))
 
 
-def _chain_of_checkpoint(home: Path, init_from: str | None, row: CheckpointRow) -> tuple[Provenance, ...]:
+def _chain_of_checkpoint(home: Path, log_path: Path, after: frozenset[Path]) -> tuple[Provenance, ...]:
     """The run whose checkpoint a run began with, and all behind it; () when that is not known here."""
-    job, _, name = (init_from or "").rpartition(":")
-    if not job or job == row.source_job_id:
-        return ()
-    for log_path, other in _rows_of(home):
-        if (other.source_job_id, other.name) == (job, name):
-            return _of_row(log_path, other, home).chain
+    from cookbook.snapshots import StoredRun, begins_from
+
+    wanted = {(ref.job_id, ref.name) for ref in begins_from(StoredRun.read(log_path))}
+    for path, other in _rows_of(home):
+        if (other.source_job_id, other.name) in wanted and path not in after:
+            return _of_row(path, other, home, after=after).chain
     return ()
 
 
@@ -355,18 +450,32 @@ def _fingerprint(home: Path, base_model: str | None) -> str | None:
         return None
 
 
-def _file_of(dataset: str | None) -> tuple[int | None, str | None]:
-    """Rows and sha256 of a data file; (None, None) for a procedural task, or a file that is gone."""
-    from cookbook.data.jsonl import JsonlFile
+def _evaluation_of(role: str, told: Mapping[str, Any]) -> dict[str, Any]:
+    """An entry of `Provenance.evaluations` out of evaluation.json."""
+    copied = ("run_id", "dataset", "data_fingerprint", "num_rows", "samples_per_row", "temperature", "confidence")
+    entry = {name: told.get(name) for name in copied}
+    entry |= {"date": datetime.now(UTC).date().isoformat(), "reward": told.get("config", {}).get("reward")}
+    measures = dict(told["measures"][role])
+    if told.get("win_rate") and role != "against":
+        measures[f"win rate against {Path(told['models']['against']).name}"] = told["win_rate"]
+    return {**entry, "measures": measures}
 
-    if dataset is None or not Path(dataset).expanduser().is_file():
-        return None, None
-    try:
-        file = JsonlFile.open(dataset)
-    except DataError as error:
-        logger.info("the data file cannot be looked at: %s", error)
-        return None, None
-    return len(file), file.fingerprint
+
+def _has_record(home: Path, model: str, known: Provenance, path: Path) -> bool:
+    """Whether a record under this path is what `read_provenance` answers for the model."""
+    if not known.model.startswith("accounts/local/"):  # of another backend, of the hub, or a folder elsewhere
+        return known.model.startswith("accounts/") and known.model == model and path.is_file()
+    folder = home / "models" / known.model.rpartition("/")[2]
+    is_there = find_folder(model, home / "models", hub_patterns=()).resolve() == folder.resolve()
+    return is_there and known.source is not None and known.source == _model_record(folder).get("source")
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    with suppress(OSError):  # the lock says what is wrong
+        path.parent.mkdir(parents=True, exist_ok=True)
+    with file_lock(path.with_suffix(".lock"), _LOCK_TIMEOUT_S):
+        yield
 
 
 def _model_record(folder: Path | None) -> dict[str, Any]:
@@ -404,7 +513,8 @@ def _last_part(value: Any) -> Any:
 
 
 def _nearest_licence(parents: tuple[Provenance, ...]) -> str | None:
-    return next((parent.licence for parent in parents if parent.licence), None)
+    """Of the nearest model that says; nothing is inherited past one that is not known."""
+    return next((parent.licence for parent in parents if parent.licence or parent.origin == "unknown"), None)
 
 
 def _version(distribution: str) -> str | None:

@@ -15,7 +15,8 @@ class Reward:
 
     value: float
     parts: Mapping[str, float] = field(default_factory=dict)
-    """Numbers by name, for metrics and tables; they do not change what is trained."""
+    """Numbers by name, for metrics and tables; they do not change what is trained. In means, a completion that lacks a
+    part that others have counts as 0 there: give every part each time if that is not so."""
 
 
 RewardFunction = Callable[[str, Mapping[str, Any]], float | Reward | Awaitable[float | Reward]]

@@ -17,7 +17,7 @@ from cookbook.backend.deployment.app import DeploymentApp
 from cookbook.backend.deployment.engine import Engine, GenerationRequest, Ticket
 from cookbook.backend.deployment.spec import read_spec
 from cookbook.backend.deployment.tokenizer import TextModel
-from cookbook.backend.deployment.weights import HotLoader, base_folder, base_weights
+from cookbook.backend.deployment.weights import HotLoader, base_weights
 from tests.wire.deployment_process import write_spec
 from tests.wire.trainer_process import TOKEN
 
@@ -88,7 +88,7 @@ def served(folder: Path, model_dir: Path, /, *, load_hold_s: float = 10.0, **spe
         max_context=described.max_context_length,
         max_waiting=described.max_waiting,
     )
-    text = TextModel(base_folder(described.model_dir))
+    text = TextModel(described.base_dir)
     app = DeploymentApp(described, engine, HotLoader(described, engine), text, TOKEN, load_hold_s=load_hold_s)
     config = uvicorn.Config(app.asgi, port=0, lifespan="off", log_config=None, timeout_graceful_shutdown=1)
     server = uvicorn.Server(config)

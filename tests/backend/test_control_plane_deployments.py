@@ -118,6 +118,7 @@ def test_a_deployment_request_becomes_the_spec_of_a_worker(paths: BackendPaths) 
         "account": "local",
         "base_model": MODEL,
         "model_dir": str(paths.models / "tiny"),
+        "base_dir": str(paths.models / "tiny"),
         "max_context_length": 512,
         "inactivity_timeout_s": 10800.0,
         "checkpoints_dir": str(paths.checkpoints),
@@ -142,6 +143,17 @@ def test_an_adapter_is_served_with_the_context_of_the_model_it_adapts(paths: Bac
     spec = read_deployment_request(paths, {}, request_body(baseModel="accounts/local/models/adapter")).spec
 
     assert (spec["model_dir"], spec["max_context_length"]) == (str(paths.models / "adapter"), 512)
+    assert spec["base_dir"] == str(paths.models / "tiny")
+
+
+def test_the_base_of_an_adapter_that_names_no_folder_is_taken_from_the_client(paths: BackendPaths) -> None:
+    (paths.models / "adapter" / "adapter_config.json").write_text('{"base_model_name_or_path": "someone/tiny"}')
+    body = request_body(baseModel="accounts/local/models/adapter")
+    with pytest.raises(ApiError, match=r"is a LoRA adapter on 'someone/tiny', .* extraValues\.adapted_model"):
+        read_deployment_request(paths, {}, body)
+    base = str(paths.models / "tiny")
+    spec = read_deployment_request(paths, {}, body | {"extraValues": {"adapted_model": base}}).spec
+    assert (spec["base_dir"], spec["max_context_length"]) == (base, 512)
 
 
 SHAPED = {"deploymentShape": f"{SHAPE}/versions/v1"}

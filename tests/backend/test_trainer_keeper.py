@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,25 @@ def test_backward_pass_after_its_forward_pass_gives_the_bits_of_one_by_itself(
     outputs = [[list(o["logprobs"]["data"]) for o in answer["loss_fn_outputs"]] for answer in (alone, first, second)]
     assert outputs[0] == outputs[1] == outputs[2]
     assert second["metrics"] == alone["metrics"]
+
+
+def test_a_small_micro_batch_after_one_that_was_not_kept_gives_the_same_bits(
+    tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    each_alone = functools.partial(compute.micro_batches, budget=1)  # the longest first
+    monkeypatch.setattr(compute, "micro_batches", each_alone)
+    monkeypatch.setattr(compute, "_POSITIONS_KEPT", 100)
+    texts = [letter * length for letter, length in (("a", 60), ("b", 50), ("c", 20))]
+    job, model = make(tmp_path, tiny, "a", 0, "float32")
+    passes = Passes(job, model)
+    job.forward_backward(model, gradients_of(texts))
+    expected = job.gradients(model)
+    job.step(model, learning_rate=0.0)
+    passes.with_graph.clear()
+    job.forward(model, masks(texts))
+    assert passes.with_graph == [True, False, False]
+    job.forward_backward(model, gradients_of(texts))
+    assert same(job.gradients(model), expected)
 
 
 def test_other_trained_targets_are_computed_from_the_same_pass(tmp_path: Path, tiny: Path) -> None:

@@ -111,10 +111,16 @@ def preference_problems(path: Path) -> list[tuple[list[int], int, int]]:
         question, chosen = (message["content"] for message in row["chosen"]["messages"])
         same, rejected = (message["content"] for message in row["rejected"]["messages"])
         assert question == same
-        match = re.fullmatch(r"Numbers: (.*)\. Which one is the largest\? Answer with the number only\.", question)
+        match = re.fullmatch(r"Numbers: (.*)\. Which one is the largest\? Answer in one short sentence\.", question)
         assert match is not None, question
-        found.append(([int(number) for number in match[1].split(", ")], int(chosen), int(rejected)))
+        found.append(([int(number) for number in match[1].split(", ")], named(chosen), named(rejected)))
     return found
+
+
+def named(answer: str) -> int:
+    match = re.fullmatch(r"The largest number is (\d+)\.", answer)
+    assert match is not None, answer
+    return int(match[1])
 
 
 def test_chosen_is_the_largest_and_rejected_any_of_the_others(tmp_path: Path, renderer: Renderer) -> None:
@@ -126,7 +132,9 @@ def test_chosen_is_the_largest_and_rejected_any_of_the_others(tmp_path: Path, re
     ranks = [sorted(numbers).index(rejected) for numbers, _, rejected in found]
     assert all(70 < ranks.count(rank) < 130 for rank in range(3))
     assert ranks.count(3) == 0
-    assert render_pair(JsonlFile.open(train)[0], renderer, "row 0").num_trained == 6
+    assert render_pair(JsonlFile.open(train)[0], renderer, "row 0").num_trained == 2 * (
+        len("The largest number is 11.") + 1
+    )  # a token a letter, and the end
 
 
 def test_pairs_are_of_no_problem_that_is_held_out_or_in_the_rl_task(tmp_path: Path) -> None:

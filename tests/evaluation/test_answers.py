@@ -5,10 +5,10 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from cookbook.errors import RewardError, SamplingError
+from cookbook.errors import ConfigError, RewardError, SamplingError
 from cookbook.evaluation.answers import Answer, AnswerFile, Sampling, answer_rows, reference_losses
 from cookbook.evaluation.rows import Reference
-from cookbook.evaluation.win_rate import Duel, Judge, judge_duels, load_judge, try_judge
+from cookbook.evaluation.win_rate import Duel, Judge, VerdictFile, judge_duels, load_judge, try_judge
 from cookbook.rewards import LoadedReward, Reward
 from cookbook.rollouts.ledger import sampling_seed
 from cookbook.rollouts.sampler import Sampled
@@ -58,6 +58,11 @@ def test_every_answer_has_the_seed_of_its_row_and_number_as_in_a_rollout():
     assert {(asked["temperature"], asked["max_tokens"], asked["stop"]) for asked in policy.asked} == {(0.7, 7, ("!",))}
 
 
+def test_an_answer_says_which_snapshot_gave_it():
+    sampling = Sampling(max_tokens=7, temperature=0.0, version="step-4")
+    assert [answer.version for answer in answer_rows(Echo(), [Row(4)], None, sampling, timeout_s=5)] == ["step-4"]
+
+
 def test_without_a_reward_nothing_is_scored_and_what_is_done_is_not_asked_again():
     policy = Echo()
     answers = answer_rows(policy, [Row(4)], None, SAMPLING, timeout_s=5, done={(4, 0), (4, 2)})
@@ -65,23 +70,41 @@ def test_without_a_reward_nothing_is_scored_and_what_is_done_is_not_asked_again(
     assert len(policy.asked) == 1
 
 
-def test_answers_are_kept_one_by_one_and_a_torn_line_or_another_fingerprint_is_left_out(tmp_path):
+def test_answers_are_kept_one_by_one_and_a_torn_line_is_left_out(tmp_path):
     path = tmp_path / "answers.jsonl"
-    first, second = Answer(3, "?", "a", 1.0, 2, "stop", 0, {"x": 1.0}), Answer(3, "?", "b\u2028", None, 2, "stop", 1)
-    with AnswerFile(path, "one") as file:
+    first, second = (
+        Answer(3, "?", "a", 1.0, 2, "stop", 0, {"x": 1.0}),
+        Answer(3, "?", "b\u2028", None, 2, "stop", 1, {}, "s"),
+    )
+    one = {"weights": "one", "stop": ("!",)}
+    with AnswerFile(path, one) as file:
         file.add(first)
         file.add(second)
     with path.open("ab") as torn:
         torn.write(b'{"index": 5, "pro')
-    with AnswerFile(path, "one") as file:
+    with AnswerFile(path, one) as file:
         assert file.answers == {(3, 0): first, (3, 1): second}
         file.add(Answer(4, "?", "c", 0.0, 1, "length"))
-    with AnswerFile(path, "one") as file:
+    with AnswerFile(path, one) as file:
         assert len(file.answers) == 3
-    with AnswerFile(path, "two") as file:
-        assert file.answers == {}
-    with AnswerFile(path, "one") as file:
-        assert file.answers == {}
+
+
+def test_answers_of_another_model_are_neither_mixed_in_nor_lost(tmp_path):
+    path = tmp_path / "answers.jsonl"
+    with AnswerFile(path, {"weights": "old", "seed": 1}):
+        pass
+    with AnswerFile(path, {"weights": "one", "seed": 1}) as file:  # nothing was answered, nothing is lost
+        file.add(Answer(3, "?", "a", 1.0, 2, "stop"))
+        with AnswerFile(path, {"weights": "one", "seed": 1}) as again:
+            assert len(again.answers) == 1
+    before = path.read_bytes()
+    with pytest.raises(ConfigError) as caught:
+        AnswerFile(path, {"weights": "two", "seed": 1})
+    assert [problem.where for problem in caught.value.problems] == ["weights", "log_path"]
+    path.write_bytes(b'{"fingerprint": "of an older version"}\n' + before.splitlines()[1])
+    with pytest.raises(ConfigError, match=r"weights: is 'one', but .* was made with None"):
+        AnswerFile(path, {"weights": "one"})
+    assert before.splitlines()[1] in path.read_bytes()
 
 
 def test_the_loss_of_a_reference_answer_counts_its_tokens_only():
@@ -118,6 +141,28 @@ def test_a_judge_may_be_a_coroutine_function_and_is_asked_once_a_pair():
         Judge("j", longer), duels(("aa", "b"), ("a", "bb"), ("a", "b")), reward_timeout_s=5, timeout_s=9
     )
     assert found == [1.0, 0.0, 0.5]
+
+
+def test_a_judge_is_not_asked_again_what_it_has_said(tmp_path):
+    asked, limits = [], {"reward_timeout_s": 5, "timeout_s": 9}
+
+    def judge(row, answer, other):
+        asked.append(answer)
+        return 1 / 0 if answer == "x" else float(answer == "a")
+
+    def judged(pairs, name="j"):
+        with VerdictFile(tmp_path / "verdicts.jsonl", Judge(name, judge)) as kept:
+            return judge_duels(Judge(name, judge), duels(*pairs), **limits, kept=kept)
+
+    assert judged([("a", "b")]) == [1.0]
+    with pytest.raises(RewardError, match="row 1 raised"):
+        judged([("a", "b"), ("x", "b")])
+    assert judged([("a", "b"), ("c", "b")]) == [1.0, 0.0]
+    assert asked == ["a", "x", "c"]
+    assert judged([("a", "other")]) == [1.0]  # another duel
+    assert asked == ["a", "x", "c", "a"]
+    with pytest.raises(ConfigError, match="judge: is 'k', but"):
+        judged([("a", "b")], name="k")
 
 
 @pytest.mark.parametrize("value", [1.5, -0.1])

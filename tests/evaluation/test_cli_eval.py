@@ -54,6 +54,18 @@ def test_options_stand_over_the_file_and_the_result_is_one_line_of_json(call, tm
     assert json.loads(done.stdout)["run_id"] == "eval-1"
 
 
+def test_a_run_directory_stands_for_the_model_that_the_run_promoted(call, tmp_path):
+    for name, summary in (("done", {"model": "accounts/local/models/tiny"}), ("none", {})):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "run.json").write_text('{"run_id": "sft-1"}')
+        (tmp_path / name / "summary.json").write_text(json.dumps(summary))
+    assert call("done", "--dataset", "rows.jsonl").exit_code == 0
+    assert CONFIGS[0].model == "accounts/local/models/tiny"
+    assert CONFIGS[0].log_path.startswith("runs/eval-done-")
+    refused = call("tiny", "--dataset", "rows.jsonl", "--against", "none")
+    assert (refused.exit_code, "has promoted no model" in refused.stderr) == (2, True)
+
+
 def test_without_a_log_path_each_evaluation_gets_a_folder_of_its_own(call):
     assert call("tiny", "--dataset", "rows.jsonl").exit_code == 0
     assert re.fullmatch(r"runs/eval-tiny-\d{8}-\d{6}", CONFIGS[0].log_path)

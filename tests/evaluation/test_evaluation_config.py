@@ -58,6 +58,22 @@ def test_where_and_how_fast_it_runs_is_no_part_of_the_numbers_but_what_is_served
     assert config(deployment={"sample_timeout": 5}).numbers() == plain
     assert config(seed=1).numbers() != plain
     assert config(deployment={"deployment_id": "d"}).numbers() != plain
+    assert config(deployment={"deployment_extra_args": ["--threads=1"], "replica_count": 2}).numbers() == plain
+    for served in (
+        {"deployment": {"deployment_extra_args": ["--compute-dtype=float32"]}},
+        {"deployment": {"deployment_shape": "accounts/a/deploymentShapes/s"}},
+        {"deployment": {"deployment_accelerator_type": "H200"}},
+        {"deployment": {"extra_values": {"a": "b"}}},
+        {"infra": {"training_shape_id": "accounts/a/trainingShapes/s"}},
+    ):
+        assert config(**served).numbers() != plain
+        assert config(**served).served("model") != config().served("model")
+
+
+def test_answers_are_wanted_where_something_is_measured_on_them():
+    assert not config().wants_answers
+    assert config(reward="exact").wants_answers
+    assert config(against="b").wants_answers
 
 
 def test_all_problems_of_fields_rules_files_and_models_come_at_once(tmp_path, monkeypatch):

@@ -32,7 +32,7 @@ def model(backend: WireBackend) -> Any:
     return AutoModelForCausalLM.from_pretrained(backend.home / "models" / "tiny", dtype=torch.float32)
 
 
-def references(pairs: Sequence[RenderedPair]) -> list[PairReference]:
+def references(pairs: Sequence[RenderedPair], timeout_s: float | None = None) -> list[PairReference]:
     return [PairReference(-5.0 * pair.chosen.num_trained, -5.5 * pair.rejected.num_trained) for pair in pairs]
 
 
@@ -40,6 +40,25 @@ def scored(model: Any, pair: RenderedPair) -> tuple[list[float], list[float]]:
     with torch.no_grad():
         chosen, rejected = responses(model, pair)
     return chosen.tolist(), rejected.tolist()
+
+
+def test_a_model_that_is_its_own_reference_has_margin_0_and_asks_for_nothing(client: ReconnectableClient) -> None:
+    result = evaluate_preferences(client, make_pairs(5), DPO(0.1), None, is_reference=True, chunk=2)
+    assert (result.margin, result.reward_accuracy, result.loss) == (0.0, 0.5, pytest.approx(math.log(2), abs=1e-12))
+
+
+def test_reference_logprobs_are_given_the_time_that_is_left(client: ReconnectableClient) -> None:
+    given: list[float | None] = []
+
+    def noted(pairs: Sequence[RenderedPair], timeout_s: float | None) -> list[PairReference]:
+        given.append(timeout_s)
+        return references(pairs)
+
+    evaluate_preferences(client, make_pairs(4), DPO(0.1), noted, chunk=2, timeout_s=100)
+    first, second = given
+    assert first is not None
+    assert second is not None
+    assert 0 < second < first < 100
 
 
 def test_the_numbers_are_those_of_the_models_own_logits(client: ReconnectableClient, model: Any) -> None:
@@ -72,7 +91,7 @@ def test_without_a_reference_there_is_no_reward(client: ReconnectableClient, mod
 
 def test_a_tie_counts_half(client: ReconnectableClient) -> None:
     same = make_pair([1, 2, 3], [20, 30], [20, 30])
-    result = evaluate_preferences(client, [same], DPO(0.1), lambda pairs: [PairReference(-1.0, -1.0)])
+    result = evaluate_preferences(client, [same], DPO(0.1), lambda pairs, seconds: [PairReference(-1.0, -1.0)])
     accuracies = (result.preference_accuracy, result.preference_accuracy_per_token, result.reward_accuracy)
     assert accuracies == (0.5, 0.5, 0.5)
     assert result.margin == 0
@@ -84,7 +103,7 @@ def test_the_size_of_a_request_does_not_matter(client: ReconnectableClient) -> N
     whole = evaluate_preferences(client, pairs, DPO(0.1), references).to_dict()
     asked: list[int] = []
 
-    def counted(chunk: Sequence[RenderedPair]) -> list[PairReference]:
+    def counted(chunk: Sequence[RenderedPair], timeout_s: float | None) -> list[PairReference]:
         asked.append(len(chunk))
         return references(chunk)
 

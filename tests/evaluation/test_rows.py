@@ -53,6 +53,12 @@ def test_an_answer_at_the_end_is_the_reference_and_is_cut_off_for_the_prompt(mod
     assert first.fields["messages"][-1] == ANSWER
 
 
+def test_rows_that_are_not_answered_need_no_room_for_an_answer(models, tmp_path):
+    rows = [{"messages": [USER, ANSWER]}, {"messages": [{"role": "user", "content": "x" * 600}]}]
+    assert load(models, tmp_path, rows, max_completion_tokens=500).num_rows == 2
+    assert "2 of 2 rows" in problems(models, tmp_path, rows, max_completion_tokens=500, reward="format:a")[0].what
+
+
 def test_only_the_last_answer_is_the_reference(models, tmp_path):
     rows = [{"messages": [USER, {"role": "assistant", "content": "no"}, USER, ANSWER]}]
     reference = load(models, tmp_path, rows).references("model")[0]
@@ -74,7 +80,7 @@ def test_rows_that_cannot_be_used_are_all_named_and_none_is_dropped(models, tmp_
         {"messages": [{"role": "user", "content": "x" * 600}]},
         {"messages": [USER, {"role": "assistant", "content": "x" * 600}]},
     ]
-    (problem,) = problems(models, tmp_path, rows)
+    (problem,) = problems(models, tmp_path, rows, reward="format:four")
     assert problem.where == "dataset"
     for text in ("4 of 5 rows", "line 2) is an answer without a question", "line 3) is not JSON", "line 5) has 6"):
         assert text in problem.what

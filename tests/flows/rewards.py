@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from cookbook.config import environment
+from cookbook.control_plane import connect
 from cookbook.rewards import Reward
 
 
@@ -20,6 +22,14 @@ def fails_at_row_9(completion: str, row: Mapping[str, Any]) -> float:
     """As `vowels`, but broken for one row for as long as a file exists."""
     if completion and row["number"] == 9 and Path(os.environ["REWARD_BROKEN"]).exists():
         return 1 / 0
+    return vowels(completion, row).value
+
+
+def hot_loads_at_row_2(completion: str, row: Mapping[str, Any]) -> float:
+    """As `vowels`; but at one row, somebody else loads another snapshot into the deployment."""
+    if completion and row["number"] == 2:
+        with connect("embedded", environment()) as control:
+            assert control.deployments.hotload_and_wait("by-hand", os.environ["BY_HAND_MODEL"], "step-2")
     return vowels(completion, row).value
 
 

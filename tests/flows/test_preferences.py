@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from cookbook import embedded
 from tests.flows.helpers import finish, losses, metrics, preference_parameters, start, wait_for, write_pairs
 
 PAIRS, BATCH_SIZE, EPOCHS = 24, 4, 2
@@ -108,6 +109,44 @@ def test_a_run_killed_before_its_first_save_computes_no_reference_logprob_twice(
     finish(start(parameters, environment, "dpo"))
     (cache,) = [p for p in (backend_home / "reference_logprobs").glob("*/pairs.jsonl") if len(entries(p)) == 40]
     assert len({row["pair"] for row in entries(cache)}) == 40
+
+
+def test_a_run_killed_while_references_are_computed_resumes_to_the_same_losses(
+    run_of, environment, tiny_model, pairs_file, tmp_path
+):
+    parameters, _ = run_of("dpo")
+    elsewhere = {**environment, "COOKBOOK_HOME": str(tmp_path / "home")}  # where nothing is known
+    killed = {**parameters, "log_path": str(tmp_path / "run"), "epochs": 1, "lr_schedule": "constant"}
+    try:
+        process = start(killed, elsewhere, "dpo")
+        wait_for(lambda: max(losses(killed), default=0) >= 1, process)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        finish(start(killed, elsewhere, "dpo"))
+    finally:
+        embedded.stop(tmp_path / "home")
+    expected = losses(parameters)
+    assert losses(killed) == {step: expected[step] for step in range(1, STEPS // EPOCHS + 1)}
+    assert resources(killed, "reference")[-1] == "freed"
+
+
+def test_ctrl_c_while_references_are_computed_frees_both_trainers_and_keeps_the_cache(
+    environment, tiny_model, tmp_path
+):
+    home = tmp_path / "home"
+    pairs = write_pairs(tmp_path / "pairs.jsonl", 200)
+    parameters = preference_parameters(tmp_path / "run", tiny_model, pairs, ref_cache_concurrency=2)
+    try:
+        process = start(parameters, {**environment, "COOKBOOK_HOME": str(home)}, "dpo")
+        wait_for(lambda: max(losses(parameters), default=0) >= 1, process)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+        assert process.returncode == 130, err
+        wait_for(lambda: len(list(home.glob("backend/*/jobs/*/exit.json"))) == 2)  # both trainers have ended
+        (cache,) = (home / "reference_logprobs").glob("*/pairs.jsonl")
+        assert 4 <= len(entries(cache)) <= 200
+    finally:
+        embedded.stop(home)
 
 
 def entries(cache):

@@ -1,10 +1,12 @@
 """The SFT flow end to end on the embedded backend, each run in a process of its own, as `cookbook run` starts it."""
 
+import hashlib
 import json
 import resource
 import signal
 from pathlib import Path
 
+from cookbook.models.provenance import read_provenance
 from tests.flows.helpers import BATCH_SIZE, NUM_ROWS, finish, losses, metrics, sft_parameters, start, wait_for
 
 STEPS_PER_EPOCH = NUM_ROWS // BATCH_SIZE
@@ -48,9 +50,14 @@ def test_a_run_killed_between_two_saves_in_epoch_2_resumes_to_the_same_losses(un
     assert [row["step"] for row in metrics(killed) if "train/loss" in row] == list(range(1, 4 * STEPS_PER_EPOCH + 1))
 
 
-def test_a_run_that_died_after_its_last_save_promotes_that_save(environment, tiny_model, rows_file, tmp_path):
+def test_a_run_that_died_after_its_last_save_promotes_that_save(
+    environment, tiny_model, rows_file, backend_home, tmp_path
+):
     parameters = sft_parameters(tmp_path / "run", tiny_model, rows_file, output_model_id="late-{run_id}", lora_rank=4)
     first = finish(start(parameters, environment))
+    made = read_provenance(backend_home, first["model"])
+    assert made.dataset_sha256 == hashlib.sha256(rows_file.read_bytes()).hexdigest()
+    assert made.dataset_rows == len(rows_file.read_text().splitlines())
     (tmp_path / "run" / "summary.json").unlink()  # as if it had been killed just before the end
     second = finish(start(parameters, environment))
     assert (second["checkpoint"], second["model"]) == (first["checkpoint"], first["model"])

@@ -17,6 +17,7 @@ from cookbook.client import ReconnectableClient
 from cookbook.config import SFTConfig
 from cookbook.control_plane import ControlPlane
 from cookbook.data.datums import datum_from_row
+from cookbook.data.jsonl import JsonlFile
 from cookbook.models.provenance import provenance_of, record_provenance
 from cookbook.promotion import PromotedModel, promote
 from cookbook.run import Progress, RunDirectory
@@ -57,7 +58,9 @@ def make_promoted(
         RunDirectory.open(log_path, recipe="sft", config=config.model_dump(mode="json"), home=backend.home) as run,
         ReconnectableClient(control.jobs, job, MODEL, lora_rank, seed=3, default_timeout_s=60) as client,
     ):
-        run.pin_data("data-fingerprint")
+        file = JsonlFile.open(rows)
+        run.pin_data("data-fingerprint", sha256=file.fingerprint, num_rows=len(file))
+        rows.write_text("changed since\n")
         data = [datum_from_row(PROBE, [0.0] + [1.0] * (len(PROBE) - 1))]
         for _ in range(3):
             client.train_step(data, "cross_entropy", AdamParams(learning_rate=3e-2))

@@ -7,12 +7,13 @@ import subprocess
 import sys
 import time
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from cookbook.cli import app
@@ -235,6 +236,75 @@ def test_nothing_is_overwritten_and_an_empty_folder_will_do(tmp_path):
         export_model("tiny", tmp_path / "file" / "below", home=tmp_path)
 
 
+def test_a_folder_that_was_exported_elsewhere_has_its_own_tokenizer(tmp_path):
+    home = tmp_path / "home"
+    other = make_tiny_model(home / "models" / "theirs")  # named as the tokenizer that the record tells of
+    (other / "tokenizer_config.json").write_text("{}")
+    folder = make_tiny_model(tmp_path / "theirs")
+    for config in ({"tokenizer_model": "theirs"}, {"tokenizer_model": "someone/evil"}, {"deployment": {}}):
+        record = {"model": "accounts/local/models/x", "origin": "trained", "config": config}
+        (folder / "provenance.json").write_text(json.dumps(record))
+        exported = export_model(str(folder), tmp_path / "out", home=home).folder
+        assert (exported / "tokenizer_config.json").read_bytes() == (folder / "tokenizer_config.json").read_bytes()
+        shutil.rmtree(exported)
+
+
+def test_the_tokenizer_that_a_run_of_this_home_was_given_is_exported(full, tmp_path):
+    other = make_tiny_model(tmp_path / "other")
+    (other / "chat_template.jinja").write_text("another template")
+    record_path = full.home / "provenance" / "exp-full.json"
+    before = record_path.read_text()
+    record = json.loads(before)
+    record_path.write_text(json.dumps(record | {"config": record["config"] | {"tokenizer_model": str(other)}}))
+    try:
+        exported = export_model("exp-full", tmp_path / "out", home=full.home).folder
+    finally:
+        record_path.write_text(before)
+    assert (exported / "chat_template.jinja").read_text() == "another template"
+
+
+def test_a_source_that_cannot_be_read_is_not_told_as_a_full_disk(adapter, tmp_path, monkeypatch):
+    home = tmp_path / "home"
+    folder = make_tiny_model(home / "models" / "tiny")
+    weights = folder / "model.safetensors"
+    opened = Path.open
+
+    def refuse(path, *arguments, **options):  # root reads a file whatever its permissions are
+        if path == weights:
+            raise PermissionError(13, "Permission denied")
+        return opened(path, *arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", refuse)
+        with pytest.raises(ModelError, match=r"model\.safetensors cannot be read: Permission denied"):
+            export_model("tiny", tmp_path / "out", home=home)
+    weights.write_bytes(b"torn")
+    with pytest.raises(ModelError, match=r"model\.safetensors cannot be read: .*header"):
+        export_model("tiny", tmp_path / "out", home=home)
+    shutil.copytree(adapter.model.folder, home / "models" / "tuned")
+    (folder / "config.json").write_text('{"model_type": "nonsense"}')
+    (home / "models" / "tuned" / "model.json").write_text('{"base_model": "tiny"}')
+    with pytest.raises(ModelError, match="cannot be merged into"):
+        export_model("tuned", tmp_path / "out", home=home)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_weight_that_float16_cannot_hold_is_refused_by_name(adapter, tmp_path):
+    folder = make_tiny_model(tmp_path / "models" / "tiny")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.norm.weight"][3] = -70000.0
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    message = r"weight model\.norm\.weight has 70000, too large for float16"
+    with pytest.raises(ModelError, match=message):
+        export_model("tiny", tmp_path / "out", home=tmp_path, dtype="float16")
+    shutil.copytree(adapter.model.folder, tmp_path / "models" / "tuned")
+    (tmp_path / "models" / "tuned" / "model.json").write_text('{"base_model": "tiny"}')
+    with pytest.raises(ModelError, match=message):
+        export_model("tuned", tmp_path / "out", home=tmp_path, dtype="float16")
+    assert not (tmp_path / "out").exists()
+    assert export_model("tiny", tmp_path / "out", home=tmp_path, dtype="bfloat16").dtype == "bfloat16"
+
+
 # killed half-way ----------------------------------------------------------------------------------------------------
 
 
@@ -317,7 +387,7 @@ def test_the_card_says_what_is_known_and_its_code_works(adapter, tmp_path, forma
         "| held-out rows | before training | after training |",
         "| loss | 5.5000 | 0.2500 |",
         "| num_rows | - | 4 |",
-        "Unknown: no model that it was made from says.",
+        "Unknown: no model behind it says.",
     ):
         assert line in card, line
     assert str(adapter.log_path.parent) not in card
@@ -340,7 +410,7 @@ def test_a_known_licence_is_in_front_and_says_whose_it_is(tmp_path):
     assert "made from `base` by direct preference optimization (DPO)" in card
     assert "| run | dpo-0a1b2c3d |" in card
     assert "| optimizer steps | unknown |" in card
-    assert "No held-out evaluation of these weights was recorded." in card
+    assert "No evaluation of these weights was recorded." in card
     assert provenance.licence == "Apache-2.0"
 
 

@@ -6,8 +6,8 @@ import pytest
 
 from cookbook.config import DPOConfig
 from cookbook.errors import ModelError
-from cookbook.models.fingerprint import model_fingerprint, reference_fingerprint
-from tests.tiny_model import make_tiny_model
+from cookbook.models.fingerprint import model_fingerprint, reference_fingerprint, served_fingerprint
+from tests.tiny_model import make_tiny_adapter, make_tiny_model
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +40,22 @@ def test_each_of_several_weight_files_counts(tiny, tmp_path):
     one = shutil.copytree(tiny, tmp_path / "one")
     shutil.copy(one / "model.safetensors", one / "more.safetensors")
     assert fingerprint(one) != fingerprint(tiny)
+
+
+def test_an_adapter_is_another_model_with_other_weights_or_another_base(tmp_path):
+    base = make_tiny_model(tmp_path / "base")
+
+    def of(folder):
+        return served_fingerprint("embedded", str(folder), tmp_path)
+
+    assert of(base) == model_fingerprint("embedded", str(base), tmp_path)
+    adapter = make_tiny_adapter(tmp_path / "adapter", base=base)
+    before = of(adapter)
+    assert before != of(base)
+    assert of(shutil.copytree(adapter, tmp_path / "copy")) == before
+    assert of(make_tiny_adapter(tmp_path / "other", base=base, seed=1)) != before
+    make_tiny_model(base, seed=1)
+    assert of(adapter) != before
 
 
 def test_a_resource_of_the_service_is_its_own_fingerprint(tmp_path):

@@ -3,12 +3,22 @@
 import dataclasses
 import hashlib
 import json
+import shutil
 
 import pytest
 
+from cookbook.checkpoints import last_promotable
 from cookbook.errors import CheckpointError, ModelError
+from cookbook.models.card import model_card
 from cookbook.models.fingerprint import model_fingerprint
-from cookbook.models.provenance import Provenance, provenance_of, read_provenance, record_path, record_provenance
+from cookbook.models.provenance import (
+    Provenance,
+    add_evaluation,
+    provenance_of,
+    read_provenance,
+    record_path,
+    record_provenance,
+)
 from cookbook.promotion import PromotedModel
 from cookbook.run import list_runs
 from tests.models.promoted import make_promoted
@@ -54,8 +64,7 @@ def test_a_model_without_a_record_is_put_together_from_its_folder_and_its_run(pr
     finally:
         kept.rename(path)
     # What was only known at promotion stays unknown; everything else is told by files.
-    at_promotion = {"code_version": None, "packages": {}, "dataset_sha256": None, "dataset_rows": None}
-    assert told == dataclasses.replace(whole, base_fingerprint=None, **at_promotion)
+    assert told == dataclasses.replace(whole, base_fingerprint=None, code_version=None, packages={})
 
 
 def test_a_record_of_another_model_that_had_the_same_id_is_not_taken(promoted):
@@ -128,8 +137,6 @@ def run_in(home, folder, recipe="sft", **config):
 
 
 def test_a_run_that_began_with_another_runs_weights_has_it_in_its_chain(tmp_path):
-    from cookbook.checkpoints import last_promotable
-
     model_in(tmp_path, "base", licence="MIT", source="disk")
     run_in(tmp_path, tmp_path / "a", base_model="base", dataset="a.jsonl")
     second = run_in(tmp_path, tmp_path / "b", "dpo", base_model="base", init_from_checkpoint="sft-a-job:step-1")
@@ -145,9 +152,108 @@ def test_a_run_that_began_with_another_runs_weights_has_it_in_its_chain(tmp_path
     assert (found.licence, found.init_from) == ("MIT", "sft-a-job:step-1")
 
 
-def test_a_model_on_fireworks_has_a_record_of_its_own_beside_a_local_one(tmp_path):
-    from cookbook.checkpoints import last_promotable
+def chain_of(run, home):
+    row = last_promotable(run)
+    return provenance_of(run, PromotedModel("accounts/local/models/m", "", None), row, home=home)
 
+
+@pytest.mark.parametrize(
+    "began", [{"init_from_checkpoint": "gone-job:step-1"}, {"init_from_checkpoint": "step-9", "policy_job_id": "gone"}]
+)
+def test_weights_of_which_nothing_is_known_stand_first_and_no_licence_is_inherited_past_them(tmp_path, began):
+    model_in(tmp_path, "base", licence="MIT", source="disk")
+    found = chain_of(run_in(tmp_path, tmp_path / "a", base_model="base", lora_rank=4, **began), tmp_path)
+    assert [(link.origin, link.licence) for link in found.parents] == [("unknown", None), ("foreign", "MIT")]
+    assert found.licence is None
+    card = model_card(found, name="m", adapter=True, base="base")
+    assert card.startswith("---\nlicense: unknown\nbase_model: base\n")
+    assert f"| `checkpoint {began['init_from_checkpoint']}` | unknown |" in card
+    assert "Unknown: of some weights behind it nothing is known." in card
+    later = run_in(tmp_path, tmp_path / "b", base_model="base", init_from_checkpoint="sft-a-job:step-1")
+    assert [link.origin for link in chain_of(later, tmp_path).chain] == ["trained", "trained", "unknown", "foreign"]
+    assert chain_of(later, tmp_path).licence is None
+
+
+def test_the_checkpoint_of_an_adopted_trainer_is_looked_up_there(tmp_path):
+    model_in(tmp_path, "base", licence="MIT", source="disk")
+    run_in(tmp_path, tmp_path / "a", base_model="base", dataset="a.jsonl")
+    adopting = {"policy_job_id": "sft-a-job", "init_from_checkpoint": "step-1"}
+    second = run_in(tmp_path, tmp_path / "b", base_model="base", **adopting)
+    row = json.loads((second / "checkpoints.jsonl").read_text()) | {"source_job_id": "sft-a-job"}
+    (second / "checkpoints.jsonl").write_text(json.dumps(row) + "\n")  # of the same trainer, and of the same name
+    found = chain_of(second, tmp_path)
+    assert [(link.run_id, link.dataset) for link in found.parents] == [("sft-a", "a.jsonl"), (None, None)]
+    assert found.licence == "MIT"
+
+
+def test_two_runs_that_say_they_began_with_each_other_end(tmp_path):
+    run_in(tmp_path, tmp_path / "a", base_model="base", init_from_checkpoint="sft-b-job:step-1")
+    later = run_in(tmp_path, tmp_path / "b", base_model="base", init_from_checkpoint="sft-a-job:step-1")
+    assert [link.run_id for link in chain_of(later, tmp_path).chain] == ["sft-b", "sft-a", None, None]
+
+
+EVALUATED = {
+    "run_id": "eval-1",
+    "dataset": "/data/held_out.jsonl",
+    "data_fingerprint": "f" * 64,
+    "num_rows": 12,
+    "samples_per_row": 4,
+    "temperature": 1.0,
+    "confidence": 0.9,
+    "config": {"reward": "numeric"},
+    "models": {"model": "prov-lora", "against": "/models/tiny"},
+    "measures": {
+        "model": {"pass@1": {"value": 0.25, "low": 0.125, "high": 0.375, "num_rows": 12}},
+        "against": {"pass@1": {"value": 0.5, "low": None, "high": None, "num_rows": 12}},
+    },
+    "win_rate": {"value": 0.75, "low": 0.5, "high": 1.0, "num_rows": 12},
+}
+
+
+def test_an_evaluation_is_added_to_the_record_and_shown_on_the_card(promoted):
+    known = read_provenance(promoted.home, "prov-lora")
+    try:
+        assert add_evaluation(promoted.home, "prov-lora", "model", {**EVALUATED, "num_rows": 1})
+        assert add_evaluation(promoted.home, str(promoted.model.folder), "model", EVALUATED)  # the same run again
+        assert add_evaluation(promoted.home, "prov-lora", "against", {**EVALUATED, "run_id": "eval-2"})
+        record_provenance(promoted.home, known)  # promoted once more
+        found = read_provenance(promoted.home, "prov-lora")
+        assert dataclasses.replace(found, evaluations=()) == known
+        assert [told["run_id"] for told in found.evaluations] == ["eval-1", "eval-2"]
+        card = model_card(found, name="m", adapter=True, base="tiny")
+    finally:
+        record_path(promoted.home, "prov-lora").unlink()
+        record_provenance(promoted.home, known)
+    for line in (
+        f"run eval-1: 12 rows of `held_out.jsonl` (sha256 `{'f' * 64}`), 4 answers each at temperature 1, reward "
+        "`numeric`. In brackets: 90% bootstrap intervals over rows.",
+        "| pass@1 | 0.2500 | [0.1250, 0.3750] |",
+        "| win rate against tiny | 0.7500 | [0.5000, 1.0000] |",
+        "| pass@1 | 0.5000 | [-, -] |",
+    ):
+        assert line in card, line
+    assert card.count("win rate") == 1
+    on_trained_rows = {**found.evaluations[0], "data_fingerprint": known.dataset_sha256}
+    card = model_card(dataclasses.replace(known, evaluations=(on_trained_rows,)), name="m", adapter=True)
+    assert "It is the file that the model was trained on." in card
+
+
+def test_a_model_that_can_change_under_its_name_gets_no_evaluation(promoted, tmp_path, caplog):
+    home = tmp_path / "home"
+    elsewhere = shutil.copytree(promoted.model.folder, tmp_path / "prov-lora")
+    (elsewhere / "provenance.json").write_text(record_path(promoted.home, "prov-lora").read_text())
+    model_in(home, "by-hand")
+    for model in (str(elsewhere), "by-hand", "acme/by-hand", "accounts/acme/models/by-hand"):
+        assert not add_evaluation(home, model, "model", EVALUATED)
+    assert not (home / "provenance").exists()
+    assert not add_evaluation(home, "nothing", "model", EVALUATED)
+    assert "was not added to the record of nothing" in caplog.text
+    model_in(home, "pulled", source="somewhere")
+    assert add_evaluation(home, "pulled", "model", EVALUATED)
+    assert read_provenance(home, "pulled").evaluations[0]["date"].startswith("20")
+
+
+def test_a_model_on_fireworks_has_a_record_of_its_own_beside_a_local_one(tmp_path):
     run = run_in(tmp_path, tmp_path / "f", base_model="accounts/fireworks/models/qwen3-8b")
     name = "accounts/acme/models/prov-lora"
     provenance = provenance_of(run, PromotedModel(name, "HF_PEFT_ADDON", None), last_promotable(run), home=tmp_path)

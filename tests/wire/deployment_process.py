@@ -84,6 +84,7 @@ def write_spec(folder: Path, model_dir: Path, /, **changes: Any) -> None:
         "account": "local",
         "base_model": BASE_MODEL,
         "model_dir": str(model_dir),
+        "base_dir": str(model_dir),
         "max_context_length": 512,
         "inactivity_timeout_s": 300.0,
         "checkpoints_dir": str(folder.parent / "checkpoints"),

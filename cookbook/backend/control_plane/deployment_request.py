@@ -13,7 +13,7 @@ from typing import Any
 
 from cookbook.backend.control_plane.context import ACCOUNT
 from cookbook.backend.control_plane.fields import Fields, bad, new_id
-from cookbook.backend.control_plane.models import context_length, resolve_base_model
+from cookbook.backend.control_plane.models import ADAPTED_MODEL, adapted_folder, context_length, resolve_base_model
 from cookbook.backend.control_plane.shapes import DEPLOYMENT_SHAPE, find_deployment_shape
 from cookbook.backend.control_plane.store import Job, JobState, Kind
 from cookbook.backend.paths import BackendPaths
@@ -55,18 +55,22 @@ def read_deployment_request(paths: BackendPaths, query: Mapping[str, str], body:
     deployment_id = new_id(query, "deploymentId", "deployment")
     request = _checked(_DEFAULTS | body)
     fields = Fields(request)
-    if request.get("extraValues"):
-        raise bad("extraValues", request["extraValues"], "cannot be used: pass options in extraArgs. Remove the field")
+    extra_values = fields.table("extraValues")
+    if set(extra_values) - {ADAPTED_MODEL}:
+        what = f"cannot be used but for {ADAPTED_MODEL}: pass options in extraArgs. Remove the others"
+        raise bad("extraValues", extra_values, what)
     _check_shape(fields)
     base_model = fields.values.get("baseModel")
     model_dir = resolve_base_model(paths.models, base_model, adapters=True)
+    base_dir = adapted_folder(model_dir, extra_values.get(ADAPTED_MODEL))
     now = time.time()
     spec = {
         "deployment_id": deployment_id,
         "account": ACCOUNT,
         "base_model": base_model,
         "model_dir": str(model_dir),
-        "max_context_length": fields.context_length(DEPLOYMENT_SHAPE.max_context_length, context_length(model_dir)),
+        "base_dir": str(base_dir),
+        "max_context_length": fields.context_length(DEPLOYMENT_SHAPE.max_context_length, context_length(base_dir)),
         "inactivity_timeout_s": _idle_s(fields),
         "checkpoints_dir": str(paths.checkpoints),
         "hot_load_trainer_job": request.get("hotLoadTrainerJob"),

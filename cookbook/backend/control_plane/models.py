@@ -17,8 +17,10 @@ from cookbook.backend.control_plane.context import ACCOUNT, plane_of
 from cookbook.backend.paths import read_json
 
 __all__ = [
+    "ADAPTED_MODEL",
     "BASE_MODEL",
     "PEFT_ADDON",
+    "adapted_folder",
     "context_length",
     "get_model",
     "list_models",
@@ -28,6 +30,8 @@ __all__ = [
 
 BASE_MODEL = "HF_BASE_MODEL"
 PEFT_ADDON = "HF_PEFT_ADDON"
+ADAPTED_MODEL = "adapted_model"
+"""In a deployment's extraValues: the folder of the model that its LoRA adapter adapts."""
 
 _CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length")
 _MODEL_NAME = re.compile(r"accounts/local/models/([A-Za-z0-9][A-Za-z0-9._-]*)")
@@ -66,14 +70,27 @@ def resolve_base_model(models_dir: Path, base_model: object, *, adapters: bool =
     return folder.resolve()
 
 
-def context_length(folder: Path) -> int | None:
-    """The longest sequence a model was made for, in tokens, or None when its config.json does not say.
+def adapted_folder(folder: Path, given: str | None) -> Path:
+    """The folder of the model itself: `folder`, or for a LoRA adapter the one that it adapts. That is `given`, which
+    the client has looked up, else what the adapter names.
 
-    An adapter's is that of the model it adapts.
+    Raises:
+        ApiError: there is no model in it (400).
     """
-    base = (read_json(folder / "adapter_config.json") or {}).get("base_model_name_or_path")
-    if isinstance(base, str) and not (folder / "config.json").is_file():
-        folder = Path(base)
+    if (folder / "config.json").is_file():
+        return folder
+    base = given or (read_json(folder / "adapter_config.json") or {}).get("base_model_name_or_path")
+    if not isinstance(base, str) or not (Path(base) / "config.json").is_file():
+        raise ApiError(
+            Code.INVALID_ARGUMENT,
+            f"{folder} is a LoRA adapter on {base!r}, which is no model folder here. Put its base model back there, or "
+            f"name its folder in extraValues.{ADAPTED_MODEL}.",
+        )
+    return Path(base)
+
+
+def context_length(folder: Path) -> int | None:
+    """The longest sequence a model was made for, in tokens, or None when its config.json does not say."""
     config = read_json(folder / "config.json") or {}
     nested = config.get("text_config")
     for section in (config, nested if isinstance(nested, dict) else {}):

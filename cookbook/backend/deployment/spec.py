@@ -19,7 +19,8 @@ _TRAINER_JOB = re.compile(r"accounts/[^/]+/rlorTrainerJobs/([A-Za-z0-9][A-Za-z0-
 
 @dataclass(frozen=True)
 class DeploymentSpec:
-    """One deployment. `base_model` is the name on the wire, `model_dir` its folder (a model, or a LoRA adapter on one).
+    """One deployment. `base_model` is the name on the wire, `model_dir` its folder (a model, or a LoRA adapter on one),
+    `base_dir` that of the model itself.
 
     `max_context_length` bounds prompt and completion together, in tokens. `trainer_job` is the id of the job whose
     snapshots are loaded, None when the deployment is linked to none (yet). `max_batch` sequences are computed at once,
@@ -31,6 +32,7 @@ class DeploymentSpec:
     account: str
     base_model: str
     model_dir: Path
+    base_dir: Path
     max_context_length: int
     inactivity_timeout_s: float
     checkpoints_dir: Path
@@ -80,6 +82,7 @@ def _spec(folder: Path, fields: dict[str, Any]) -> DeploymentSpec:
         account=str(fields["account"]),
         base_model=str(fields["base_model"]),
         model_dir=Path(fields["model_dir"]),
+        base_dir=Path(fields["base_dir"]),
         max_context_length=int(fields["max_context_length"]),
         inactivity_timeout_s=float(fields["inactivity_timeout_s"]),
         checkpoints_dir=Path(fields["checkpoints_dir"]),

@@ -15,11 +15,10 @@ from typing import Any, Literal
 from cookbook.backend.deployment.engine import Engine
 from cookbook.backend.deployment.llama import LlamaModel
 from cookbook.backend.deployment.spec import DeploymentSpec
-from cookbook.backend.paths import read_json
 from cookbook.backend.snapshots import Manifest, SnapshotHold, load_manifest, snapshot_dir, verify
 from cookbook.errors import CheckpointError, ModelError
 
-__all__ = ["HotLoader", "base_folder", "base_weights"]
+__all__ = ["HotLoader", "base_weights"]
 
 logger = logging.getLogger(__name__)
 
@@ -32,23 +31,10 @@ DRAIN_TIMEOUT_S = 600.0
 _Make = Callable[[LlamaModel], LlamaModel]
 
 
-def base_folder(model_dir: Path) -> Path:
-    """The folder of the model itself: `model_dir`, or what it adapts when it is a LoRA adapter. ModelError if lost."""
-    if (model_dir / "config.json").is_file() or not (model_dir / "adapter_config.json").is_file():
-        return model_dir
-    base = (read_json(model_dir / "adapter_config.json") or {}).get("base_model_name_or_path")
-    if not isinstance(base, str) or not (Path(base) / "config.json").is_file():
-        raise ModelError(
-            f"{model_dir} is a LoRA adapter on {base!r}, which is no model folder here. Put its base model back there."
-        )
-    return Path(base)
-
-
 def base_weights(spec: DeploymentSpec) -> LlamaModel:
     """The deployment's base model. ModelError when it cannot be served."""
-    folder = base_folder(spec.model_dir)
-    model = LlamaModel.load(folder, spec.compute_dtype)
-    return model if folder == spec.model_dir else model.with_adapter(spec.model_dir)
+    model = LlamaModel.load(spec.base_dir, spec.compute_dtype)
+    return model if spec.base_dir == spec.model_dir else model.with_adapter(spec.model_dir)
 
 
 @dataclass(frozen=True)
@@ -187,7 +173,7 @@ class HotLoader:
             return (lambda _: model), False
         if self._holds_base:
             return (lambda present: present.with_adapter(folder)), True
-        model = LlamaModel.load(base_folder(self._spec.model_dir), self._spec.compute_dtype).with_adapter(folder)
+        model = LlamaModel.load(self._spec.base_dir, self._spec.compute_dtype).with_adapter(folder)
         return (lambda _: model), True
 
 

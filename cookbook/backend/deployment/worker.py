@@ -11,7 +11,7 @@ from cookbook.backend.deployment.app import DeploymentApp
 from cookbook.backend.deployment.engine import Engine
 from cookbook.backend.deployment.spec import DeploymentSpec, read_spec
 from cookbook.backend.deployment.tokenizer import TextModel
-from cookbook.backend.deployment.weights import HotLoader, base_folder, base_weights
+from cookbook.backend.deployment.weights import HotLoader, base_weights
 from cookbook.backend.serving import serve_until_the_end, start_logging, token_of
 from cookbook.errors import BackendError, ModelError
 
@@ -29,7 +29,7 @@ def main(job_dir: Path) -> None:
     token = token_of("deployment")
     _configure_torch(spec)
     try:
-        text = TextModel(base_folder(spec.model_dir))
+        text = TextModel(spec.base_dir)
         model = base_weights(spec)
     except ModelError as error:
         raise BackendError(str(error)) from error

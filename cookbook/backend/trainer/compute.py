@@ -74,6 +74,7 @@ class KeptForward:
         self._data = list(data)
         self._passes: list[_Pass] = []
         self._room = _POSITIONS_KEPT
+        self._is_full = False
 
     def fits(self, data: Sequence[Datum]) -> bool:
         """Whether these are the tokens and targets that passed; the loss may be another."""
@@ -83,17 +84,19 @@ class KeptForward:
         )
 
     def has_room(self, batch: _MicroBatch) -> bool:
-        """The first micro-batch always has: its backward pass would need the same memory."""
-        return not self._passes or batch.num_positions <= self._room
+        """The first micro-batch always has: its backward pass would need the same memory. After one that has none, no
+        other has: only the first ones are kept."""
+        self._is_full = self._is_full or (bool(self._passes) and batch.num_positions > self._room)
+        return not self._is_full
 
     def add(self, passed: _Pass) -> None:
         """Take a micro-batch that passed with its graph. They come in the order of the request."""
         self._passes.append(passed)
         self._room -= passed.batch.num_positions
 
-    def take(self) -> _Pass | None:
-        """The next micro-batch, no longer held here; None = it was not kept."""
-        return self._passes.pop(0) if self._passes else None
+    def take(self, batch: _MicroBatch) -> _Pass | None:
+        """This micro-batch, no longer held here; None = it was not kept. Asked for in the order of the request."""
+        return self._passes.pop(0) if self._passes and self._passes[0].batch == batch else None
 
 
 def forward(decoder: Decoder, data: Sequence[Datum], kernel: Kernel, config: LossConfig) -> BatchResult:
@@ -174,7 +177,7 @@ def _run(
     loss_tokens = [_loss_tokens(kernel, datum) for datum in data]
     for batch in _plan(decoder, [datum.tokens for datum in data]):
         trained = [loss_tokens[row] for row in batch.rows]
-        passed = before.take() if before is not None else None
+        passed = before.take(batch) if before is not None else None
         if passed is None or not passed.head.is_for(trained):
             hidden_MH = None if passed is None else passed.head.hidden_MH
             keeps = before is not None or (after is not None and after.has_room(batch))

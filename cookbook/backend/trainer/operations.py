@@ -6,9 +6,11 @@ gradient that is not finite drops that gradient.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import orjson
@@ -42,14 +44,22 @@ _CROSS_JOB = "cross_job://"
 _LOCAL_MODELS = "accounts/local/models/"
 _DNS_LABEL = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 _CHECKPOINT_TYPES = ("base", "delta", "merged_base")
+_COMPUTES = ("forward", "forward_backward", "optim_step")
 _EXPORT_PRECISIONS = (None, "source", "bf16")
 
 
 class Operations:
     """The handlers, by the kind of operation."""
 
-    def __init__(self, store: ModelStore) -> None:
+    def __init__(
+        self, store: ModelStore, turn: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext
+    ) -> None:
+        """
+        Args:
+            turn: entered around what computes on all cores: `CoreTurns.turn`.
+        """
         self._store = store
+        self._turn = turn
         self._spec = store.spec
         self._handlers: dict[str, Callable[[Model, Parsed], Parsed]] = {
             "forward": self._forward,
@@ -73,7 +83,8 @@ class Operations:
         model = self._store.use(model_id)
         if operation.kind not in ("forward", "forward_backward"):
             model.keeper.drop()
-        return self._handlers[operation.kind](model, orjson.loads(operation.body))
+        with self._turn() if operation.kind in _COMPUTES else contextlib.nullcontext():
+            return self._handlers[operation.kind](model, orjson.loads(operation.body))
 
     def _forward(self, model: Model, body: Parsed) -> Parsed:
         request = parse_forward(body, self._store.sizes(model), is_backward=False)

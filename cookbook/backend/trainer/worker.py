@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from transformers.utils.logging import disable_progress_bar
 
+from cookbook.backend.core_turns import CoreTurns
 from cookbook.backend.decoder import read_config
 from cookbook.backend.serving import serve_until_the_end, start_logging, token_of
 from cookbook.backend.snapshots import remove_leftovers
@@ -37,7 +38,8 @@ def main(job_dir: Path) -> None:
     _configure_torch(spec)
     disable_progress_bar()  # its carriage returns have no place in a log
     remove_leftovers(spec.checkpoints_dir, spec.job_id)
-    engine = Engine(Operations(ModelStore(spec)).execute, FutureStore(job_dir / "results"))
+    turns = CoreTurns(spec.checkpoints_dir.parent, threads=torch.get_num_threads())
+    engine = Engine(Operations(ModelStore(spec), turns.turn).execute, FutureStore(job_dir / "results"))
     app = TrainerApp(spec, engine, token, architecture=architecture)
 
     def is_idle() -> bool:
