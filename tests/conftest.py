@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable, Iterator
 
 import httpx
@@ -12,6 +13,10 @@ from fireworks.training.sdk import TrainerJobConfig, TrainerJobManager
 from cookbook import embedded
 from tests.running_backend import MODEL, WireBackend
 from tests.tiny_model import make_tiny_model
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # A run in the background ignores Ctrl-C, and so would all processes that the tests start and interrupt.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
