@@ -21,10 +21,15 @@ from tests.running_backend import MODEL
 
 
 class CountingReference(Reference):
-    """Notes how many requests went out, and how many were under way at once."""
+    """Notes how many requests went out, and how many were under way at once. Outlives the filler that it belongs to."""
 
     num_requests = 0
     most_in_flight = 0
+    is_closed_with_filler = False
+
+    def close(self):
+        if self.is_closed_with_filler:
+            super().close()
 
     def stream(self, batches, *, max_in_flight):
         answered = 0
@@ -49,8 +54,9 @@ def control(backend):
 @pytest.fixture
 def reference(control, trainer):
     client = ReconnectableClient(control.jobs, trainer, MODEL, base_only=True)
-    with CountingReference(client, timeout_s=30) as reference:
-        yield reference
+    reference = CountingReference(client, timeout_s=30)
+    yield reference
+    Reference.close(reference)
 
 
 def opened(home):
@@ -214,7 +220,7 @@ def test_a_lost_session_is_opened_again_and_nothing_is_computed_twice(tmp_path, 
 def test_a_reference_that_is_closed_meanwhile_is_not_opened_again(tmp_path, reference):
     def closing():
         yield from make_pairs(1)
-        reference.close()
+        Reference.close(reference)
         yield from make_pairs(3)
 
     with (
@@ -223,6 +229,18 @@ def test_a_reference_that_is_closed_meanwhile_is_not_opened_again(tmp_path, refe
     ):
         work.references(make_pairs(3), 30)
     assert reference._client.num_sessions == 1
+
+
+def test_closing_the_filler_closes_its_reference_and_waits_for_no_answer(tmp_path, reference):
+    reference.is_closed_with_filler = True
+    work = filler(opened(tmp_path), reference, make_pairs(200), concurrency=8)
+    wait_until(lambda: work.num_computed > 0)
+    started = time.monotonic()
+    work.close()
+    assert time.monotonic() - started < 5
+    assert not work._thread.is_alive()
+    with pytest.raises(TrainerLost):
+        reference.logprobs([pair_side(make_pairs(1)[0].chosen)])
 
 
 def test_a_trainer_that_is_gone_ends_the_work_and_its_half_is_kept(tmp_path, control, start_trainer):
