@@ -272,7 +272,7 @@ class ControlPlane:
         pause = _FIRST_PAUSE_S
         while True:
             try:
-                timeout = max(0.001, deadline.remaining())
+                timeout = deadline.for_call()
                 answer = self._http.request(method, self.base_url + path, params=params, timeout=timeout)
             except httpx.TransportError as error:
                 problem = f"{type(error).__name__}: {error}"

@@ -8,7 +8,10 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import TypeVar
 
-__all__ = ["Deadline", "call_with_deadline"]
+__all__ = ["MIN_CALL_S", "Deadline", "call_with_deadline"]
+
+MIN_CALL_S = 1.0
+"""Least seconds of a control-plane call: a late one is then reported as what was waited for."""
 
 T = TypeVar("T")
 
@@ -23,6 +26,14 @@ class Deadline:
     def remaining(self) -> float:
         """Seconds left, never below 0."""
         return max(0.0, self._end - time.monotonic())
+
+    def for_call(self, least: float = 0.001) -> float:
+        """Seconds for the next call: what is left, but never 0, which a client takes for its own default.
+
+        Args:
+            least: at least so many, also when less is left.
+        """
+        return max(self.remaining(), least)
 
     @property
     def expired(self) -> bool:

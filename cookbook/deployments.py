@@ -19,7 +19,7 @@ from fireworks.training.sdk import DeploymentConfig
 
 from cookbook.config import DeployConfig, DeployedConfig, RLConfig
 from cookbook.control_plane import CALL_TIMEOUT_S, ControlPlane, Deployment
-from cookbook.deadlines import Deadline
+from cookbook.deadlines import MIN_CALL_S, Deadline
 from cookbook.deployment_request import (
     ROLE,
     ServedModel,
@@ -187,7 +187,7 @@ def attach_trainer(control: ControlPlane, deployment: DeploymentHandle, job_name
     Raises:
         ProvisioningError: the backend refused, or the deployment was not ready again in time.
     """
-    seconds = _left(deadline)
+    seconds = deadline.for_call(MIN_CALL_S)
     control.call(
         f"attaching deployment {deployment.deployment_id} to {job_name}",
         lambda: control.deployments.reattach_trainer(
@@ -243,7 +243,7 @@ def _own(
     base_model = wanted.request.base_model
     record, found = ledger.current(wanted.role), None
     if record is not None and record.state != "freed":
-        found = control.deployment(record.resource_id, _left(deadline))
+        found = control.deployment(record.resource_id, deadline.for_call(MIN_CALL_S))
         if not _is_usable(record, found, wanted.spec):
             record, found = _discard(control, ledger, record, found, deadline), None
     if record is None or record.state == "freed":
@@ -266,7 +266,7 @@ def _own(
 def _adopt(control: ControlPlane, deployment_id: str, base_model: str, deadline: Deadline) -> DeploymentHandle:
     """Use a deployment that is not this run's own, and never delete it."""
     where = "deployment.deployment_id"
-    deployment = control.deployment(deployment_id, _left(deadline))
+    deployment = control.deployment(deployment_id, deadline.for_call(MIN_CALL_S))
     if deployment is None:
         what = f"there is no deployment {deployment_id!r} to adopt."
         raise ConfigError([Problem(where, what, "Create it, or leave deployment_id out: the run then makes its own.")])
@@ -295,7 +295,7 @@ def _handle(
     *,
     generation: int,
 ) -> DeploymentHandle:
-    model = f"accounts/{control.account_id(_left(deadline))}/deployments/{deployment_id}"
+    model = f"accounts/{control.account_id(deadline.for_call(MIN_CALL_S))}/deployments/{deployment_id}"
     name = deployment.get("name") or model
     return DeploymentHandle(deployment_id, name, model, base_model, adopted=generation == 0, generation=generation)
 
@@ -319,7 +319,7 @@ def _create(
 
     ledger.check_lease()  # waiting for the trainer takes a while, and the run may have ended
     try:
-        control.call(f"creating deployment {name}", create, _left(deadline))
+        control.call(f"creating deployment {name}", create, deadline.for_call(MIN_CALL_S))
     except ProvisioningError:
         if any(status in _REFUSALS for status in refusals):
             ledger.freed(record)
@@ -349,7 +349,7 @@ def _job_name(
             )
         else:
             time.sleep(_FIRST_PAUSE_S)
-    return f"accounts/{control.account_id(_left(deadline))}/rlorTrainerJobs/{job_id}"
+    return f"accounts/{control.account_id(deadline.for_call(MIN_CALL_S))}/rlorTrainerJobs/{job_id}"
 
 
 def _is_usable(record: ResourceRecord, deployment: Deployment | None, spec: str) -> bool:
@@ -371,10 +371,5 @@ def _discard(
     """Free a deployment that will not be used again."""
     logger.info("deployment %s is gone, has failed, or is not what the config asks for", record.resource_id)
     if deployment is not None and deployment["state"] not in DELETED:
-        control.delete_deployment(record.resource_id, _left(deadline))
+        control.delete_deployment(record.resource_id, deadline.for_call(MIN_CALL_S))
     return ledger.freed(record)
-
-
-def _left(deadline: Deadline) -> float:
-    """Seconds for the next call: at least one, so that a late call is reported as what was waited for."""
-    return max(1.0, deadline.remaining())

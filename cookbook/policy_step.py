@@ -262,7 +262,7 @@ def _builtin_step(
     before = None
     if objective.anchor == "old_policy":
         masks = [completion.mask_datum() for completion in completions]
-        answer = client.forward(masks, "cross_entropy", timeout_s=_left(deadline))
+        answer = client.forward(masks, "cross_entropy", timeout_s=deadline.for_call())
         before = _policy_logprobs(completions, answer.loss_fn_outputs)
     anchors = step.anchors(before)
     result = client.train_step(
@@ -271,7 +271,7 @@ def _builtin_step(
         adam,
         grad_accumulation_normalization=config.grad_accumulation_normalization,
         loss_fn_config=objective.kernel_config,
-        timeout_s=_left(deadline),
+        timeout_s=deadline.for_call(),
     )
     try:
         values = _evaluate(step, _policy_logprobs(completions, result.loss_fn_outputs), anchors)
@@ -297,11 +297,11 @@ def _custom_step(
         return torch.stack(terms).sum(), {}
 
     masks = [completion.mask_datum() for completion in step.completions]
-    client.forward_backward_custom(masks, loss, timeout_s=_left(deadline))
+    client.forward_backward_custom(masks, loss, timeout_s=deadline.for_call())
     answer = client.optim_step(
         adam,
         grad_accumulation_normalization=config.grad_accumulation_normalization,
-        timeout_s=_left(deadline),
+        timeout_s=deadline.for_call(),
     )
     return evaluated[-1], answer.metrics or {}
 
@@ -355,11 +355,6 @@ def _references(
             raise ShapeError(f"{completion.where} has reference_logprobs that are not finite.")
         references.append(values)
     return references
-
-
-def _left(deadline: Deadline) -> float:
-    """Seconds for the next call; never 0, which a client takes for its default."""
-    return max(deadline.remaining(), 0.001)
 
 
 # -- metrics -----------------------------------------------------------------------------------------------------------

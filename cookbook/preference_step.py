@@ -96,9 +96,9 @@ def preference_step(
         terms = [(side * gradient).sum() for side, gradient in zip(sides, gradients, strict=True)]
         return torch.stack(terms).sum(), {}
 
-    client.forward_backward_custom(datums, loss, timeout_s=_left(deadline))
+    client.forward_backward_custom(datums, loss, timeout_s=deadline.for_call())
     answer = client.optim_step(
-        adam, grad_accumulation_normalization=grad_accumulation_normalization, timeout_s=_left(deadline)
+        adam, grad_accumulation_normalization=grad_accumulation_normalization, timeout_s=deadline.for_call()
     )
     seconds = time.monotonic() - started
     metrics = mean_metrics(evaluated)
@@ -175,8 +175,3 @@ def _check_finite(
                     f"pair {number} (of {len(pairs)}, digest {pairs[number].digest}) has a {name} of {wrong}; nothing "
                     "was trained. Lower the learning rate, or load an earlier checkpoint."
                 )
-
-
-def _left(deadline: Deadline) -> float:
-    """Seconds for the next call; never 0, which a client takes for its default."""
-    return max(deadline.remaining(), 0.001)

@@ -17,7 +17,7 @@ from fireworks.training.sdk import TrainerJobConfig
 
 from cookbook.config import DPOConfig, RecipeConfig, RLConfig
 from cookbook.control_plane import ControlPlane, Job, connect
-from cookbook.deadlines import Deadline
+from cookbook.deadlines import MIN_CALL_S, Deadline
 from cookbook.errors import ConfigError, Problem, ProvisioningError
 from cookbook.ledger import ResourceLedger, ResourceRecord
 from cookbook.models.folders import resolve_model
@@ -129,7 +129,7 @@ def provision_trainer(
     spec = _fingerprint(request, config, role)
     record, job = ledger.current(role), None
     if record is not None and record.state != "freed":
-        job = control.job(record.resource_id, _left(deadline))
+        job = control.job(record.resource_id, deadline.for_call(MIN_CALL_S))
         if not _is_usable(record, job, spec):
             record, job = _discard(control, ledger, record, job, deadline), None
     if record is None or record.state == "freed":
@@ -137,16 +137,18 @@ def provision_trainer(
     before = None
     if job is None:
         named = dataclasses.replace(request, requested_job_id=record.resource_id, display_name=record.resource_id)
-        control.call(f"creating trainer {record.resource_id}", lambda: control.jobs.create(named), _left(deadline))
+        control.call(
+            f"creating trainer {record.resource_id}", lambda: control.jobs.create(named), deadline.for_call(MIN_CALL_S)
+        )
     elif job["state"] in (*STOPPED, STOPPING):
         before = _stopped(control, record.resource_id, job, deadline)
         logger.info("trainer %s is %s (%s): resuming it", record.resource_id, before["state"], _status_of(before))
-        if control.resume(record.resource_id, _left(deadline)) is None:
+        if control.resume(record.resource_id, deadline.for_call(MIN_CALL_S)) is None:
             _discard(control, ledger, record, before, deadline)
             return provision_trainer(control, ledger, config, role=role, forward_only=forward_only, deadline=deadline)
     if record.state == "intended":
         record = ledger.confirm(record)
-    url = control.trainer_url(record.resource_id, _left(deadline))
+    url = control.trainer_url(record.resource_id, deadline.for_call(MIN_CALL_S))
     found = job is not None and before is None
     ready = _wait_until_ready(control, record.resource_id, url, before, deadline, found=found)
     if ready is None:
@@ -231,7 +233,7 @@ def _request(
             node_count=infra.node_count,
             custom_image_tag=infra.custom_image_tag,
         )
-    profile = control.shape(shape, _left(deadline))
+    profile = control.shape(shape, deadline.for_call(MIN_CALL_S))
     longest = profile.max_supported_context_length
     if config.max_seq_len is not None and config.max_seq_len > longest:
         what = f"is {config.max_seq_len}, but training shape {shape} supports at most {longest} tokens."
@@ -268,7 +270,7 @@ def _discard(
     """Free a trainer that will not be used again."""
     logger.info("trainer %s is gone, cannot be resumed, or is not what the config asks for", record.resource_id)
     if job is not None and job["state"] not in DELETED:
-        control.delete(record.resource_id, _left(deadline))
+        control.delete(record.resource_id, deadline.for_call(MIN_CALL_S))
     return ledger.freed(record)
 
 
@@ -291,7 +293,7 @@ def _adopt(
     deadline: Deadline,
 ) -> TrainerHandle:
     """Use a trainer that is not this run's own. It is resumed if it has stopped, and left as it is otherwise."""
-    job = control.job(job_id, _left(deadline))
+    job = control.job(job_id, deadline.for_call(MIN_CALL_S))
     if job is None or job["state"] in DELETED:
         state = "does not exist" if job is None else f"is {job['state']}: {_status_of(job)}"
         raise ProvisioningError(f"{role}_job_id: trainer {job_id!r} {state}. Name another one, or leave it out.")
@@ -300,10 +302,10 @@ def _adopt(
     if job["state"] in (*STOPPED, STOPPING):
         before = _stopped(control, job_id, job, deadline)
         logger.info("adopted trainer %s is %s (%s): resuming it", job_id, before["state"], _status_of(before))
-        if control.resume(job_id, _left(deadline)) is None:
+        if control.resume(job_id, deadline.for_call(MIN_CALL_S)) is None:
             what = f"is {before['state']} ({_status_of(before)}) and cannot be resumed."
             raise ProvisioningError(f"{role}_job_id: trainer {job_id!r} {what} Name another one, or leave it out.")
-    where = url or control.trainer_url(job_id, _left(deadline))
+    where = url or control.trainer_url(job_id, deadline.for_call(MIN_CALL_S))
     ready = _wait_until_ready(control, job_id, where, before, deadline, found=False)
     assert ready is not None, "None is only for trainers that were found in the ledger"
     return dataclasses.replace(_handle(ready, job_id, where, base_model, 0), adopted=True)
@@ -333,13 +335,8 @@ def _stopped(control: ControlPlane, job_id: str, job: Job, deadline: Deadline) -
     """The job once it has come to a stop."""
     while job["state"] == STOPPING:
         _pause(1.0, job_id, job, deadline)
-        job = control.job(job_id, _left(deadline)) or _GONE
+        job = control.job(job_id, deadline.for_call(MIN_CALL_S)) or _GONE
     return job
-
-
-def _left(deadline: Deadline) -> float:
-    """Seconds for the next call: at least one, so that a late call is reported as what was waited for."""
-    return max(1.0, deadline.remaining())
 
 
 def _wait_until_ready(
@@ -358,7 +355,7 @@ def _wait_until_ready(
     grace = Deadline(_RESUME_GRACE_S)
     pause = _FIRST_PAUSE_S
     while True:
-        job = control.job(job_id, _left(deadline)) or _GONE
+        job = control.job(job_id, deadline.for_call(MIN_CALL_S)) or _GONE
         is_stale = before is not None and not grace.expired and _moment(job) == _moment(before)
         if found and job["state"] in (*STOPPED, STOPPING, *DELETED):
             return None

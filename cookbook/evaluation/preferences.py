@@ -86,7 +86,9 @@ def evaluate_preferences(
     num_pairs = 0
     while batch := list(itertools.islice(remaining, chunk)):
         _check_deadline(deadline, timeout_s, num_pairs)
-        output = client.forward(pair_datums(batch), "cross_entropy", timeout_s=_left(deadline))
+        output = client.forward(
+            pair_datums(batch), "cross_entropy", timeout_s=None if deadline is None else deadline.for_call()
+        )
         logprobs = [row["logprobs"].to_torch().double() for row in output.loss_fn_outputs]
         responses = response_logprobs(batch, logprobs)
         for pair, response in zip(batch, responses, strict=True):
@@ -95,7 +97,7 @@ def evaluate_preferences(
         if objective.needs_reference and is_reference:
             found = [PairReference(*(math.fsum(side.tolist()) for side in response)) for response in responses]
         elif objective.needs_reference and references is not None:
-            found = references(batch, _left(deadline))
+            found = references(batch, None if deadline is None else deadline.for_call())
         for response, reference in zip(responses, found, strict=True):
             sums.update(_score(objective, *response, reference))  # floats as well as counts
         num_pairs += len(batch)
@@ -103,11 +105,6 @@ def evaluate_preferences(
         raise DataError("there are no held-out pairs. Look at evaluation.dataset.")
     means = {name: value / num_pairs for name, value in sums.items()}
     return PreferenceEvalResult(num_pairs=num_pairs, **means)
-
-
-def _left(deadline: Deadline | None) -> float | None:
-    """Seconds for the next call; never 0, which a client takes for its default."""
-    return None if deadline is None else max(deadline.remaining(), 0.001)
 
 
 def _check_deadline(deadline: Deadline | None, timeout_s: float | None, num_pairs: int) -> None:
