@@ -12,17 +12,13 @@ from typing import Any
 import httpx
 import orjson
 
-from cookbook.errors import CookbookError, RequestRejected, SamplingError
+from cookbook.errors import CookbookError, DeploymentLost, RequestRejected, SamplingError
 
-__all__ = ["Answer", "DeploymentGone", "LineBuffer", "Refusal", "SamplingOptions", "read_refusal"]
+__all__ = ["Answer", "LineBuffer", "Refusal", "SamplingOptions", "read_refusal"]
 
 _DATA = b"data:"
 _DONE = b"[DONE]"
 _GONE_STATUS = (404, 410, 425, 502, 503, 504)
-
-
-class DeploymentGone(SamplingError):
-    """The deployment is not there, or not there yet: it can be had again."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +71,7 @@ class Answer:
 
         Raises:
             RequestRejected: the deployment refuses the messages, in its own words: too long, or not what it knows.
-            DeploymentGone: it has ended, or is not ready.
+            DeploymentLost: it has ended, or is not ready.
             SamplingError: the answer broke off, or there is none.
         """
         try:
@@ -84,7 +80,7 @@ class Answer:
                     raise read_refusal(response.status_code, response.read()).error()
                 yield from self._pieces(response)
         except httpx.TransportError as error:
-            raise DeploymentGone(f"no answer from the deployment: {type(error).__name__}: {error}") from error
+            raise DeploymentLost(f"no answer from the deployment: {type(error).__name__}: {error}") from error
 
     def _pieces(self, response: httpx.Response) -> Generator[str]:
         lines = LineBuffer()
@@ -142,7 +138,7 @@ class Refusal:
     def error(self) -> CookbookError:
         """The same as an exception."""
         if self.is_gone:
-            return DeploymentGone(self.message)
+            return DeploymentLost(self.message)
         what = f"{self.message} (HTTP {self.status})"
         return RequestRejected(self.message) if self.status in (400, 413, 422) else SamplingError(what)
 

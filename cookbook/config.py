@@ -51,6 +51,7 @@ __all__ = [
     "RunnerConfig",
     "SFTConfig",
     "ScheduledConfig",
+    "StorageConfig",
     "TISConfig",
     "WandBConfig",
     "WeightSyncConfig",
@@ -270,10 +271,38 @@ class RetryConfig(Config):
     deadline_s: float = Field(
         0, ge=0, description="Seconds over all attempts and pauses. 0 = bounded only by the attempts' own deadlines."
     )
+    restores: int = Field(
+        3,
+        ge=0,
+        le=100,
+        description="How often in a row, without a further commit, a run goes back to its last commit by itself when its trainer or deployment is lost. 0 = it ends, and the next start resumes.",
+    )
+
+    def delay(self, failures: int) -> float:
+        """Pause after so many failures in a row (1, 2, ...), in seconds, without jitter."""
+        return min(self.initial_delay_s * 2.0 ** (failures - 1), self.max_delay_s)
 
     def delays(self) -> list[float]:
         """Pauses before attempts 2, 3, ... in seconds, without jitter."""
-        return [min(self.initial_delay_s * 2**i, self.max_delay_s) for i in range(self.attempts - 1)]
+        return [self.delay(failures) for failures in range(1, self.attempts)]
+
+
+class StorageConfig(Config):
+    """Which checkpoints a run keeps, and a copy of its run directory elsewhere."""
+
+    keep_last: int | None = Field(
+        3,
+        ge=1,
+        description="Keep so many of the newest checkpoints; older ones are deleted once a newer one is verified (embedded backend; fireworks has no call for it). None = keep all.",
+    )
+    keep_every: int | None = Field(
+        None, ge=1, description="Keep also every checkpoint whose step is a multiple of this. None = none besides."
+    )
+    mirror_url: str | None = Field(
+        None,
+        min_length=1,
+        description="Folder as an fsspec URL (s3://bucket/runs/a, gs://..., file:///...) that the run directory is copied to after each commit. Credentials come from the environment. None = no copy.",
+    )
 
 
 class AdamConfig(Config):
@@ -359,6 +388,15 @@ class RecipeConfig(Config):
         description="Promote the final checkpoint to a model with this id ([a-z0-9-], at most 63). {run_id} in it becomes the run's id, so that each run gets a model of its own. None = do not promote.",
     )
     save_final_checkpoint: bool = Field(True, description="Save weights, optimizer and a sampler snapshot at the end.")
+    save_on_sigterm: bool = Field(
+        True,
+        description="Save before ending when the run is told to stop (SIGTERM: preemption, a cancelled run), also where dcp_save_interval is 0.",
+    )
+    sigterm_grace_s: float = Field(
+        20,
+        gt=0,
+        description="Seconds from SIGTERM until that save must be done; then the last commit stands. Prefect kills a cancelled run after 30 s.",
+    )
     grad_accumulation_normalization: Annotated[
         str | None, AfterValidator(_Choice(GRAD_ACCUMULATION_NORMALIZATIONS))
     ] = _choice(
@@ -374,6 +412,9 @@ class RecipeConfig(Config):
     )
     adam: AdamConfig = Field(default_factory=AdamConfig, description="Optimizer.")
     retry: RetryConfig = Field(default_factory=RetryConfig, description="Retries of idempotent work.")
+    storage: StorageConfig = Field(
+        default_factory=StorageConfig, description="Which checkpoints are kept, and a copy of the run directory."
+    )
     wandb: WandBConfig = Field(default_factory=WandBConfig, description="Weights & Biases.")
     runner: RunnerConfig = Field(default_factory=RunnerConfig, description="Files for an outer orchestrator.")
 

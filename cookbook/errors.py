@@ -10,6 +10,7 @@ CookbookError
 |- RequestRejected    (RuntimeError)  the trainer understood a request and refused it; the session stays usable
 |- TrainerLost        (RuntimeError)  the trainer's session is gone; weights must be restored before training goes on
 |- SamplingError      (RuntimeError)  a completion that cannot be had, or that lacks what training needs
+|  |- DeploymentLost                  the deployment does not answer any more, and must be had again
 |- RewardError        (RuntimeError)  a reward that raised, hung, or is not a finite number
 |- WeightSyncError    (RuntimeError)  the deployment does not serve the weights that it should
 |- LogprobMismatch    (RuntimeError)  sampler and trainer disagree about the same weights
@@ -32,6 +33,7 @@ __all__ = [
     "ConfigError",
     "CookbookError",
     "DataError",
+    "DeploymentLost",
     "LeaseLost",
     "LogprobMismatch",
     "ModelError",
@@ -105,6 +107,10 @@ class TrainerLost(CookbookError, RuntimeError):
 
 class SamplingError(CookbookError, RuntimeError):
     """A completion that cannot be had, or that lacks what training needs. No row is lost by it."""
+
+
+class DeploymentLost(SamplingError):
+    """The deployment does not answer, or not yet, however often it is asked. It can be had again."""
 
 
 class RewardError(CookbookError, RuntimeError):

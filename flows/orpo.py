@@ -14,7 +14,8 @@ from tasks.preference_training import train_pairs
 from tasks.preflight import preflight_pairs
 from tasks.promotion import promote
 from tasks.provisioning import provision_trainer
-from tasks.run import due, open_run, run_name
+from tasks.restoring import restoring
+from tasks.run import due, run_name
 
 __all__ = ["orpo"]
 
@@ -27,25 +28,25 @@ def orpo(config: ORPOConfig) -> RunSummary:
     its odds larger than those of the rejected one; no reference. Run it again with the same log_path to resume: from
     the last committed checkpoint, at the exact pair.
     """
-    with open_run(config, PreferenceRun) as run:
-        if (summary := run.finished()) is not None:
-            return summary
+    return restoring(config, PreferenceRun, _train)
 
-        data = preflight_pairs(run)  # every pair rendered and counted, before anything costs money
-        provision_trainer(run)
-        progress = restore(run, data.plan.total_steps)  # the last commit, or zeros on a fresh run
-        evaluate_pairs(run, progress)  # held-out pairs before training
 
-        for batch in data.batches(Position(progress.epoch, progress.position)):
-            progress = train_pairs(run, batch, None, progress)
-            if due(config.evaluation.interval, progress):
-                evaluate_pairs(run, progress)
-            if due(config.weight_sync.dcp_save_interval, progress):
-                dcp_save(run, progress)
+def _train(run: PreferenceRun, config: ORPOConfig) -> RunSummary:
+    data = preflight_pairs(run)  # every pair rendered and counted, before anything costs money
+    provision_trainer(run)
+    progress = restore(run, data.plan.total_steps)  # the last commit, or zeros on a fresh run
+    evaluate_pairs(run, progress)  # held-out pairs before training
 
-        if config.save_final_checkpoint:
-            dcp_save(run, progress, kind="both")
-        evaluate_pairs(run, progress)
-        if config.output_model_id is not None:
-            promote(run)
-        return run.finish(progress)
+    for batch in data.batches(Position(progress.epoch, progress.position)):
+        progress = train_pairs(run, batch, None, progress)
+        if due(config.evaluation.interval, progress):
+            evaluate_pairs(run, progress)
+        if due(config.weight_sync.dcp_save_interval, progress):
+            dcp_save(run, progress)
+
+    if config.save_final_checkpoint:
+        dcp_save(run, progress, kind="both")
+    evaluate_pairs(run, progress)
+    if config.output_model_id is not None:
+        promote(run)
+    return run.finish(progress)

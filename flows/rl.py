@@ -12,8 +12,9 @@ from tasks.policy_training import score_reference, train_policy
 from tasks.preflight import preflight_rl
 from tasks.promotion import promote
 from tasks.provisioning import provision_rl
+from tasks.restoring import restoring
 from tasks.rl_run import RLRun
-from tasks.run import due, open_run, run_name
+from tasks.run import due, run_name
 from tasks.sampling import check_sampler, sample
 from tasks.weight_sync import start_sampler, weight_sync
 
@@ -28,33 +29,33 @@ def rl(config: RLConfig) -> RunSummary:
     prompts, compare the rewards inside each group, take one step, sync the sampler. Run it again with the same log_path
     to resume: from the last committed checkpoint, with every row accounted for.
     """
-    with open_run(config, RLRun) as run:
-        if (summary := run.finished()) is not None:
-            return summary
+    return restoring(config, RLRun, _train)
 
-        data = preflight_rl(run)  # every prompt rendered, the reward tried, before anything costs money
-        provision_rl(run)  # policy, reference and deployment, side by side
-        progress = restore(run, data.report.max_steps)  # the last commit, or zeros on a fresh run
-        start_sampler(run, progress)  # the sampler serves the trainer's weights
-        check_sampler(run, progress)  # and agrees with the trainer about them
-        evaluate_rewards(run, progress)
 
-        while run.rows_left(progress):
-            step = sample(run, progress)  # P groups with signal; the others are rejected with a reason
-            reference = score_reference(run, step)  # nothing without a KL term
-            progress = train_policy(run, step, reference, progress)
-            if due(config.weight_sync.weight_sync_interval, progress):
-                weight_sync(run, progress)
-            if due(config.evaluation.interval, progress):
-                evaluate_rewards(run, progress)
-            if due(config.weight_sync.dcp_save_interval, progress):
-                dcp_save(run, progress)
+def _train(run: RLRun, config: RLConfig) -> RunSummary:
+    data = preflight_rl(run)  # every prompt rendered, the reward tried, before anything costs money
+    provision_rl(run)  # policy, reference and deployment, side by side
+    progress = restore(run, data.report.max_steps)  # the last commit, or zeros on a fresh run
+    start_sampler(run, progress)  # the sampler serves the trainer's weights
+    check_sampler(run, progress)  # and agrees with the trainer about them
+    evaluate_rewards(run, progress)
 
-        if config.save_final_checkpoint:
-            dcp_save(run, progress, kind="both")
-        if config.weight_sync.weight_sync_interval > 0:
+    while run.rows_left(progress):
+        step = sample(run, progress)  # P groups with signal; the others are rejected with a reason
+        reference = score_reference(run, step)  # nothing without a KL term
+        progress = train_policy(run, step, reference, progress)
+        if due(config.weight_sync.weight_sync_interval, progress):
             weight_sync(run, progress)
-        evaluate_rewards(run, progress)
-        if config.output_model_id is not None:
-            promote(run)
-        return run.finish(progress)
+        if due(config.evaluation.interval, progress):
+            evaluate_rewards(run, progress)
+        if due(config.weight_sync.dcp_save_interval, progress):
+            dcp_save(run, progress)
+
+    if config.save_final_checkpoint:
+        dcp_save(run, progress, kind="both")
+    if config.weight_sync.weight_sync_interval > 0:
+        weight_sync(run, progress)
+    evaluate_rewards(run, progress)
+    if config.output_model_id is not None:
+        promote(run)
+    return run.finish(progress)

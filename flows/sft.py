@@ -12,7 +12,8 @@ from tasks.evaluation import evaluate
 from tasks.preflight import preflight
 from tasks.promotion import promote
 from tasks.provisioning import provision_trainer
-from tasks.run import Run, due, open_run, run_name
+from tasks.restoring import restoring
+from tasks.run import Run, due, run_name
 from tasks.training import train
 
 __all__ = ["sft"]
@@ -24,25 +25,25 @@ def sft(config: SFTConfig) -> RunSummary:
 
     Run it again with the same log_path to resume: from the last committed checkpoint, at the exact row.
     """
-    with open_run(config, Run) as run:
-        if (summary := run.finished()) is not None:
-            return summary
+    return restoring(config, Run, _train)
 
-        data = preflight(run)  # every row rendered and counted, before anything costs money
-        provision_trainer(run)
-        progress = restore(run, data.plan.total_steps)  # the last commit, or zeros on a fresh run
-        evaluate(run, data, progress)  # held-out rows before training; done already on a resume
 
-        for batch in data.batches(Position(progress.epoch, progress.position)):
-            progress = train(run, batch, progress)  # forward_backward + optim_step
-            if due(config.evaluation.interval, progress):
-                evaluate(run, data, progress)
-            if due(config.weight_sync.dcp_save_interval, progress):
-                dcp_save(run, progress)
+def _train(run: Run, config: SFTConfig) -> RunSummary:
+    data = preflight(run)  # every row rendered and counted, before anything costs money
+    provision_trainer(run)
+    progress = restore(run, data.plan.total_steps)  # the last commit, or zeros on a fresh run
+    evaluate(run, data, progress)  # held-out rows before training; done already on a resume
 
-        if config.save_final_checkpoint:
-            dcp_save(run, progress, kind="both")
-        evaluate(run, data, progress)
-        if config.output_model_id is not None:
-            promote(run)
-        return run.finish(progress)
+    for batch in data.batches(Position(progress.epoch, progress.position)):
+        progress = train(run, batch, progress)  # forward_backward + optim_step
+        if due(config.evaluation.interval, progress):
+            evaluate(run, data, progress)
+        if due(config.weight_sync.dcp_save_interval, progress):
+            dcp_save(run, progress)
+
+    if config.save_final_checkpoint:
+        dcp_save(run, progress, kind="both")
+    evaluate(run, data, progress)
+    if config.output_model_id is not None:
+        promote(run)
+    return run.finish(progress)

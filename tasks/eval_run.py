@@ -12,9 +12,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from prefect.artifacts import create_markdown_artifact, create_table_artifact
-from prefect.logging import get_run_logger
-
 from cookbook.config import Environment, environment
 from cookbook.control_plane import ControlPlane, connect
 from cookbook.deployments import DeploymentHandle, release_deployments
@@ -34,8 +31,9 @@ from cookbook.tracking import Start
 from cookbook.tracking.terminal import terminal_progress
 from cookbook.tracking.wandb_sink import WandbSink
 from tasks.eval_kept import KeptEvaluation
+from tasks.page import SHOWN, page_log, show_report, show_table
 from tasks.record import Records
-from tasks.run import SHOWN, api_key
+from tasks.run import api_key
 
 __all__ = ["EvalRun", "open_evaluation"]
 
@@ -122,11 +120,11 @@ class EvalRun(KeptEvaluation):
     def say(self, text: str) -> None:
         """One piece of news, for the terminal and for the log of the run's page."""
         self._terminal.event(text)
-        get_run_logger().info(text, extra=SHOWN)
+        page_log().info(text, extra=SHOWN)
 
     def counter(self, what: str, total: int, done: int = 0) -> Callable[[], None]:
         """Counts calls, from any thread, and says how many there were: at most every ten seconds."""
-        log, last, count = get_run_logger(), time.monotonic(), done
+        log, last, count = page_log(), time.monotonic(), done
 
         def counted() -> None:
             nonlocal last, count
@@ -202,8 +200,8 @@ class EvalRun(KeptEvaluation):
                     add_evaluation(self.env.home, model, role, {**report.to_dict(), **extra})
             report.write(path, extra)
         self._track(report)
-        create_table_artifact(report.rows(SHOWN_ROWS), key=f"answers-{run_id}", description="Rows side by side")
-        create_markdown_artifact(report.to_markdown(), key=f"report-{run_id}", description="Report")
+        show_table(report.rows(SHOWN_ROWS), key=f"answers-{run_id}", description="Rows side by side")
+        show_report(report.to_markdown(), key=f"report-{run_id}", description="Report")
         return report
 
     def release(self) -> None:

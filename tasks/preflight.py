@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from prefect.artifacts import create_markdown_artifact
-
 from cookbook.config import SFTConfig
 from cookbook.data.jsonl import JsonlFile
 from cookbook.data.preference_preflight import PreferencePreflightReport
@@ -16,6 +14,7 @@ from cookbook.errors import ConfigError
 from cookbook.rollouts.environment import load_environment
 from cookbook.rollouts.filters import load_group_filter
 from cookbook.validation import check_inputs, with_row_problems
+from tasks.page import show_report
 from tasks.preference_run import DPORun, PreferenceRun
 from tasks.record import recorded
 from tasks.rl_run import RLRun
@@ -103,4 +102,4 @@ def _accept(
     """Pin the data to the run, and publish the report."""
     run.directory.pin_data(fingerprint, sha256=file.fingerprint, num_rows=len(file))
     run.say(report.to_text())
-    create_markdown_artifact(report.to_markdown(), key=f"preflight-{run.directory.run_id}", description="Pre-flight")
+    show_report(report.to_markdown(), key=f"preflight-{run.directory.run_id}", description="Pre-flight")

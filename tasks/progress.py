@@ -9,6 +9,8 @@ from uuid import UUID
 
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
 
+from tasks.page import has_page
+
 __all__ = ["ProgressArtifact"]
 
 logger = logging.getLogger(__name__)
@@ -32,6 +34,8 @@ class ProgressArtifact:
         self._last = self._clock()
         percent = 100.0 * step / max(1, total_steps)
         description = f"step {step} of {total_steps}" + (f", {note}" if note else "")
+        if not has_page():
+            return description
         try:
             if self._id is None:
                 self._id = create_progress_artifact(percent, key=self._key, description=description)  # type: ignore[assignment]

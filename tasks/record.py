@@ -9,36 +9,29 @@ Deadlines are in the bodies (HTTP time-outs, poll loops); Prefect's own time-out
 
 from __future__ import annotations
 
+import concurrent.futures
 import functools
 import logging
 import random
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, Concatenate, Generic, ParamSpec, Protocol, TypeVar
 
+import prefect.futures
 from prefect import task
 from prefect.cache_policies import NO_CACHE
-from prefect.futures import as_completed
+from prefect.futures import PrefectFuture
 from prefect.utilities.annotations import quote
 
 from cookbook.config import RetryConfig
-from cookbook.errors import (
-    BackendError,
-    ConfigError,
-    DataError,
-    LeaseLost,
-    LogprobMismatch,
-    ModelError,
-    RequestRejected,
-    RewardError,
-    ShapeError,
-    TrainerLost,
-)
+from cookbook.recovery import is_retried
+from tasks.page import has_page
 
-__all__ = ["BACKSTOP_S", "MIN_INTERVAL_S", "Policy", "RecordedTask", "Records", "is_retried", "recorded"]
+__all__ = ["BACKSTOP_S", "MIN_INTERVAL_S", "Policy", "RecordedTask", "Records", "recorded"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -66,26 +59,7 @@ MIN_INTERVAL_S = 5.0
 BACKSTOP_S = 30.0
 """Seconds by which Prefect's time-out lies behind the deadline inside the body."""
 
-NEVER_RETRIED = (
-    BackendError,
-    ConfigError,
-    DataError,
-    LeaseLost,
-    LogprobMismatch,
-    ModelError,
-    RequestRejected,
-    RewardError,
-    ShapeError,
-    TrainerLost,
-)
-"""Errors that another attempt cannot mend: what is wrong must be changed, or the whole run restored."""
-
 logger = logging.getLogger(__name__)
-
-
-def is_retried(error: BaseException) -> bool:
-    """Whether another attempt of the same call could succeed."""
-    return isinstance(error, Exception) and not isinstance(error, NEVER_RETRIED)
 
 
 @dataclass(frozen=True)
@@ -114,8 +88,8 @@ class Policy:
             "retry_condition_fn": goes_on,
         }
 
-    def call(self, body: Callable[[], T]) -> T:
-        """Run `body` under this policy without Prefect."""
+    def call(self, body: Callable[[], T], given_up: Callable[[], bool] = lambda: False) -> T:
+        """Run `body` under this policy without Prefect; nothing is retried once it was `given_up`."""
         delays = self.retry.delays() if self.retry is not None else []
         started = time.monotonic()
         for delay in delays:
@@ -124,7 +98,7 @@ class Policy:
             except Exception as error:
                 pause = delay * (1 + random.uniform(0, self.retry.jitter if self.retry else 0))
                 late = self.retry and 0 < self.retry.deadline_s < time.monotonic() - started + pause
-                if late or not is_retried(error):
+                if late or not is_retried(error) or given_up():
                     raise
                 logger.warning("%s: %s; trying again in %.1f s", type(error).__name__, error, pause)
                 time.sleep(pause)
@@ -188,6 +162,8 @@ class Records:
         name = recorded_task.body.__name__
         self.calls[name] += 1
         policy = recorded_task.policy(self._config)
+        if not has_page():
+            return policy.call(lambda: recorded_task.body(run, *args, **kwargs))
         if self._clock() - self._last.get(name, float("-inf")) < MIN_INTERVAL_S:
             self._unrecorded[name] += 1
             return policy.call(lambda: recorded_task.body(run, *args, **kwargs))
@@ -212,19 +188,43 @@ class Records:
             what the first one to fail raises, at once.
         """
         given_up = threading.Event()
-        futures = []
-        for each in tasks:
-            name = each.body.__name__
-            self.calls[name] += 1
-            self.recorded[name] += 1
-            options = each.policy(self._config).prefect_options(given_up.is_set) | {"timeout_seconds": None}
-            futures.append(each.task.with_options(task_run_name=name, **options).submit(run))
         try:
-            for future in as_completed(futures):
+            for future in self._begun(tasks, run, given_up.is_set):
                 future.result()
         except BaseException:
             given_up.set()
             raise
+
+    def _begun(
+        self, tasks: Sequence[RecordedTask[R, [], Any]], run: R, given_up: Callable[[], bool]
+    ) -> Iterator[Future[Any] | PrefectFuture[Any]]:
+        """The tasks, begun, in the order in which they end."""
+        if has_page():
+            yield from prefect.futures.as_completed([self._submit(each, run, given_up) for each in tasks])
+        else:
+            yield from concurrent.futures.as_completed([self._start(each, run, given_up) for each in tasks])
+
+    def _submit(self, each: RecordedTask[R, [], T], run: R, given_up: Callable[[], bool]) -> PrefectFuture[T]:
+        """Run a task in a thread, with a record."""
+        name = each.body.__name__
+        self.calls[name] += 1
+        self.recorded[name] += 1
+        options = each.policy(self._config).prefect_options(given_up) | {"timeout_seconds": None}
+        return each.task.with_options(task_run_name=name, **options).submit(run)
+
+    def _start(self, each: RecordedTask[R, [], T], run: R, given_up: Callable[[], bool]) -> Future[T]:
+        """Run a task in a thread, without a record. A daemon, as it may wait for what never comes."""
+        self.calls[each.body.__name__] += 1
+        future: Future[T] = Future()
+
+        def work() -> None:
+            try:
+                future.set_result(each.policy(self._config).call(lambda: each.body(run), given_up))
+            except BaseException as error:
+                future.set_exception(error)
+
+        threading.Thread(target=work, name=each.body.__name__, daemon=True).start()
+        return future
 
     def table(self) -> list[dict[str, Any]]:
         """Calls and records of each task, for the report at the end."""

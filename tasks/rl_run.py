@@ -10,8 +10,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from prefect.artifacts import create_table_artifact
-
 from cookbook.config import Environment, RLConfig
 from cookbook.data.rl import RLData
 from cookbook.files import read_json, read_jsonl
@@ -23,6 +21,7 @@ from cookbook.rollouts.sampler import RolloutSampler
 from cookbook.rollouts.store import RolloutStore
 from cookbook.run import Progress, RunDirectory, numbers_fingerprint
 from cookbook.tracking.tracker import METRICS_FILE
+from tasks.page import show_table
 from tasks.run import Run
 
 if TYPE_CHECKING:
@@ -106,7 +105,7 @@ class RLRun(Run):
         shown = ("step", "row", "question", "completion", "reward", "advantage", "tokens", "finish", "version")
         table = [{name: row[name] for name in shown} for row in rows[:TABLE_ROWS]]
         try:
-            create_table_artifact(table, key=f"rollouts-{self.directory.run_id}", description="Completions of one step")
+            show_table(table, key=f"rollouts-{self.directory.run_id}", description="Completions of one step")
         except Exception as error:  # a server that is busy or gone must not end training
             logger.warning("the table of completions was not updated: %s", error)
 

@@ -7,21 +7,19 @@ that frees the hardware, and the next start with the same log_path goes on from 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import ExitStack, suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from fireworks.training.sdk import TrainingShapeProfile
-from prefect.artifacts import create_markdown_artifact
 from prefect.blocks.system import Secret
-from prefect.logging import get_run_logger
 from prefect.runtime import flow_run
 
 from cookbook.checkpoints import ResumeInfo, last_commit
 from cookbook.client import ReconnectableClient
-from cookbook.config import Environment, RecipeConfig, environment
+from cookbook.config import Environment, RecipeConfig
 from cookbook.deployments import DeploymentHandle, release_deployments
 from cookbook.errors import TrainerLost
 from cookbook.files import read_jsonl
@@ -29,19 +27,18 @@ from cookbook.ledger import ResourceLedger
 from cookbook.provisioning import ControlPlane, PromotedModel, TrainerHandle, connect, release_trainers
 from cookbook.run import Progress, RunDirectory
 from cookbook.summary import RunSummary
-from cookbook.tracking import LOSS, Tracker, open_tracker
+from cookbook.tracking import LOSS, GoesOn, Tracker, open_tracker
 from cookbook.tracking.terminal import numbers_text, step_text
 from cookbook.tracking.tracker import METRICS_FILE
 from cookbook.weight_sync import WeightSync
+from tasks.page import SHOWN, page_log, show_report
 from tasks.progress import ProgressArtifact
 from tasks.record import Records
 
-__all__ = ["SHOWN", "Run", "api_key", "due", "open_run", "run_name"]
+__all__ = ["Run", "api_key", "due", "run_name"]
 
 SECRET_BLOCK = "fireworks-api-key"
 EVALUATION_GROUP = "eval/"
-SHOWN = {"shown": True}
-"""Marks a log record that the terminal shows otherwise: `cookbook run` leaves it out there."""
 
 logger = logging.getLogger(__name__)
 
@@ -84,6 +81,8 @@ class Run:
         self.trainer: TrainerHandle | None = None
         self.deployment: DeploymentHandle | None = None
         self.sync: WeightSync | None = None
+        self.progress: Progress | None = None
+        """The position whose weights the trainer holds; None until they are restored."""
         self.synced_step: int | None = None
         """Step whose weights the deployment serves; None = no weight sync in this start of the run."""
         self.resumed: ResumeInfo | None = None
@@ -147,6 +146,7 @@ class Run:
 
     def start(self, progress: Progress) -> None:
         """Training begins at `progress`: cut what is tracked to it."""
+        self.progress = progress
         self.tracker.start(progress, self.accelerators())
         self.artifact.show(progress.step, progress.total_steps)
 
@@ -156,6 +156,7 @@ class Run:
 
     def log_step(self, progress: Progress, metrics: Mapping[str, float | None], *, tokens: int, seconds: float) -> None:
         """Log one training step everywhere, with what was noted for it, and count it for the summary."""
+        self.progress = progress
         noted, self._noted = self._noted, {}
         metrics = {**noted, **metrics}
         self.train_seconds += seconds
@@ -163,18 +164,18 @@ class Run:
         self.last_loss = metrics[LOSS]
         self.tracker.log_step(progress.step, metrics)
         if text := self.artifact.show(progress.step, progress.total_steps, step_text(metrics)):
-            get_run_logger().info(text, extra=SHOWN)
+            page_log().info(text, extra=SHOWN)
 
     def say(self, text: str) -> None:
         """One piece of news, for the terminal and for the log of the run's page."""
         self.tracker.event(text)
-        get_run_logger().info(text, extra=SHOWN)
+        page_log().info(text, extra=SHOWN)
 
     def log_evaluation(self, progress: Progress, values: Mapping[str, float]) -> None:
         """Log held-out numbers of the weights at `progress`."""
         metrics = {f"{EVALUATION_GROUP}{name}": value for name, value in values.items()}
         self.tracker.log_step(progress.step, metrics)
-        get_run_logger().info("step %d: %s", progress.step, numbers_text(metrics), extra=SHOWN)
+        page_log().info("step %d: %s", progress.step, numbers_text(metrics), extra=SHOWN)
 
     def evaluations(self) -> dict[int, dict[str, float]]:
         """Step -> held-out numbers, of all starts of this run up to where it stands; from metrics.jsonl."""
@@ -191,7 +192,7 @@ class Run:
         summary = self._summary(progress)
         self.directory.finish(summary)
         self.tracker.finish(summary)
-        create_markdown_artifact(summary.to_markdown(), key=f"report-{self.directory.run_id}", description="Report")
+        show_report(summary.to_markdown(), key=f"report-{self.directory.run_id}", description="Report")
         return summary
 
     def fail(self, error: BaseException) -> None:
@@ -202,6 +203,13 @@ class Run:
             logger.warning("not everything could be released, it ends by itself when idle: %s", problem)
         with suppress(Exception):
             self.tracker.finish(error)
+
+    def give_up(self) -> None:
+        """End this start of the run; another follows in this process. What was provisioned is kept, to be found again
+        by its id. Never raises."""
+        with suppress(Exception):
+            self._close()
+        self.tracker.finish(GoesOn())
 
     @property
     def has_control(self) -> bool:
@@ -214,10 +222,16 @@ class Run:
             if self.has_control:
                 steps.callback(release_trainers, self.control, self.ledger, delete=delete)
                 steps.callback(release_deployments, self.control, self.ledger)
-            if self._client is not None:
-                steps.callback(self._client.close)
+            self._close()
+
+    def _close(self) -> None:
+        """Threads and connections of this start."""
+        try:
             with suppress(Exception):  # what fails here must not keep hardware from being freed
                 self._closing.close()
+        finally:
+            if self._client is not None:
+                self._client.close()
 
     def _summary(self, progress: Progress) -> RunSummary:
         evaluations = self.evaluations()
@@ -249,31 +263,6 @@ class Run:
     def _summary_fields(self, progress: Progress) -> dict[str, Any]:
         """What a recipe adds to the summary."""
         return {}
-
-
-R = TypeVar("R", bound=Run)
-
-
-@contextmanager
-def open_run(config: RecipeConfig, kind: type[R]) -> Iterator[R]:
-    """Own the run directory of `config`, and free everything at the end, whatever happens.
-
-    Args:
-        kind: what the tasks of the recipe share.
-
-    Raises:
-        LeaseLost: another process owns the run.
-        ConfigError: the run was started with another config, and has a commit.
-    """
-    env = environment()
-    contents = config.model_dump(mode="json")
-    with RunDirectory.open(config.log_path, recipe=config.recipe, config=contents, home=env.home) as directory:
-        run = kind(config, directory, env)
-        try:
-            yield run
-        except BaseException as error:
-            run.fail(error)
-            raise
 
 
 def api_key(backend: str, env: Environment) -> str | None:

@@ -144,7 +144,8 @@ class _Talk:
 
     def _answer(self, messages: list[dict[str, str]]) -> Answer:
         """Show an answer as it comes. A deployment that was freed while nobody asked is brought back once."""
-        from cookbook.completions import Answer, DeploymentGone
+        from cookbook.completions import Answer
+        from cookbook.errors import DeploymentLost
 
         for is_last in (False, True):
             answer = Answer(self.client, self._name, messages, self._options)
@@ -153,7 +154,7 @@ class _Talk:
                 return answer
             except RequestRejected as error:
                 raise RequestRejected(_advice(error)) from error
-            except DeploymentGone:
+            except DeploymentLost:
                 if is_last or answer.text:
                     raise
                 note(f"{self._model} is not there any more: loading it again ...")

@@ -22,7 +22,8 @@ from fireworks.training.sdk import AdaptiveConcurrencyController, DeploymentSamp
 from fireworks.training.sdk.sampling_observability import SamplingRequestError
 
 from cookbook.config import ConcurrencyConfig, RetryConfig
-from cookbook.errors import SamplingError
+from cookbook.errors import DeploymentLost, SamplingError
+from cookbook.recovery import COMPLETION_STATUSES
 
 if TYPE_CHECKING:
     from fireworks.training.sdk.sampling import SampledCompletion, SampledRequestResult
@@ -260,7 +261,8 @@ class RolloutSampler:
             where: names the prompt in errors.
 
         Raises:
-            SamplingError: all attempts failed, the deployment refused the request, or the answer lacks logprobs.
+            DeploymentLost: all attempts failed.
+            SamplingError: the deployment refused the request, or the answer lacks logprobs.
         """
         return await self._retried(
             lambda: self._request(
@@ -303,7 +305,8 @@ class RolloutSampler:
                     raise
                 late = 0 < self._retry.deadline_s <= time.monotonic() - started
                 if permanent or late or attempt == self._retry.attempts:
-                    raise SamplingError(self._failure(where, attempt, error)) from error
+                    lost = SamplingError if permanent else DeploymentLost
+                    raise lost(self._failure(where, attempt, error)) from error
                 logger.warning(
                     "%s: attempt %d of %d failed: %s", where, attempt, self._retry.attempts, _describe(error)
                 )
@@ -375,7 +378,7 @@ def _describe(error: BaseException) -> str:
 
 def _is_transient(error: Exception) -> bool:
     if isinstance(error, httpx.HTTPStatusError):
-        return error.response.status_code in (404, 408, 425, 429) or error.response.status_code >= 500
+        return error.response.status_code in COMPLETION_STATUSES
     return isinstance(error, SamplingRequestError | httpx.TransportError | _TransientAnswer)
 
 

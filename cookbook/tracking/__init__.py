@@ -3,7 +3,7 @@
 Importing this imports neither torch nor wandb; wandb comes in when a run with a W&B project starts to train.
 """
 
-from cookbook.tracking.sink import LEARNING_RATE, LOSS, STEP_TOKENS, TOKENS_PER_S, Sink, Start
+from cookbook.tracking.sink import LEARNING_RATE, LOSS, STEP_TOKENS, TOKENS_PER_S, GoesOn, Sink, Start
 from cookbook.tracking.tracker import Tracker, open_tracker
 
-__all__ = ["LEARNING_RATE", "LOSS", "STEP_TOKENS", "TOKENS_PER_S", "Sink", "Start", "Tracker", "open_tracker"]
+__all__ = ["LEARNING_RATE", "LOSS", "STEP_TOKENS", "TOKENS_PER_S", "GoesOn", "Sink", "Start", "Tracker", "open_tracker"]

@@ -22,7 +22,7 @@ from cookbook.config import RunnerConfig
 from cookbook.errors import CheckpointError, ConfigError, CookbookError, DataError, ModelError, TrainerLost
 from cookbook.files import read_json, write_json
 from cookbook.tracking.metrics_file import MetricsFile
-from cookbook.tracking.sink import STEP_TOKENS, TOTAL_STEPS, Metrics, Outcome, Sink, Start
+from cookbook.tracking.sink import STEP_TOKENS, TOTAL_STEPS, GoesOn, Metrics, Outcome, Sink, Start
 
 __all__ = ["RunnerFiles"]
 
@@ -88,6 +88,8 @@ class RunnerFiles(Sink):
 
     def finish(self, outcome: Outcome) -> None:
         self._replace("metadata_file", self._metadata())
+        if isinstance(outcome, GoesOn):
+            return
         if isinstance(outcome, BaseException):
             self._replace("status_file", self._status(*_failure(outcome)))
             return

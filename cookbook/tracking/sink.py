@@ -18,6 +18,7 @@ __all__ = [
     "STEP_TOKENS",
     "TOKENS_PER_S",
     "TOTAL_STEPS",
+    "GoesOn",
     "Metrics",
     "Outcome",
     "Sink",
@@ -37,6 +38,11 @@ TOTAL_STEPS = "train/total_steps"
 
 Metrics = Mapping[str, float | None]
 """Name -> value; None = not measured in this step, and not written."""
+
+
+class GoesOn(Exception):
+    """Only this start of the run has ended: another one follows in the same process."""
+
 
 Outcome = RunSummary | BaseException
 """How a run ended: well, or with the error (KeyboardInterrupt and the like included) that ended it."""

@@ -1,0 +1,64 @@
+"""Running a recipe from wherever its run stands, and again from there when it loses its trainer on the way."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+from cookbook.checkpoints import CheckpointRow, last_commit
+from cookbook.config import Environment, RecipeConfig, environment
+from cookbook.recovery import is_restored
+from cookbook.run import RunDirectory
+from cookbook.summary import RunSummary
+from tasks.page import page_log
+from tasks.run import Run
+
+__all__ = ["restoring"]
+
+C = TypeVar("C", bound=RecipeConfig)
+R = TypeVar("R", bound=Run)
+
+
+def restoring(
+    config: C, kind: Callable[[C, RunDirectory, Environment], R], algorithm: Callable[[R, C], RunSummary]
+) -> RunSummary:
+    """Run a recipe in its run directory, from its last commit if it has one, and free everything at the end.
+
+    One path for a fresh run, a retried flow run, a worker that takes over and a new run with the same log_path; and for
+    a run that loses its trainer or deployment on the way: it goes that path again, in this process, at most
+    `retry.restores` times in a row without a further commit.
+
+    Args:
+        kind: what the tasks of the recipe share.
+        algorithm: the recipe. What it provisioned is found again by its id when it runs again.
+
+    Raises:
+        LeaseLost: another process owns the run.
+        ConfigError: the run was started with another config, and has a commit.
+        TrainerLost, DeploymentLost, WeightSyncError: lost once too often.
+    """
+    restores, commit = 0, last_commit(config.log_path)
+    while True:
+        env = environment()
+        contents = config.model_dump(mode="json")
+        with RunDirectory.open(config.log_path, recipe=config.recipe, config=contents, home=env.home) as directory:
+            run = kind(config, directory, env)
+            try:
+                summary = run.finished()
+                return summary if summary is not None else algorithm(run, config)
+            except BaseException as error:
+                reached = last_commit(directory.path)
+                restores = restores + 1 if reached == commit else 1
+                commit = reached
+                if not is_restored(error) or restores > config.retry.restores:
+                    run.fail(error)
+                    raise
+                _announce(error, commit, restores, config)
+                run.give_up()
+        time.sleep(config.retry.delay(restores))
+
+
+def _announce(error: BaseException, commit: CheckpointRow | None, restores: int, config: RecipeConfig) -> None:
+    origin = f"checkpoint {commit.name}" if commit is not None else "the start, as nothing is committed yet"
+    page_log().warning("%s Restoring from %s (%d of %d).", error, origin, restores, config.retry.restores)
