@@ -19,8 +19,9 @@ from cookbook.client import ReconnectableClient
 from cookbook.config import WeightSyncConfig
 from cookbook.control_plane import ControlPlane, problem_of
 from cookbook.deadlines import Deadline, call_with_deadline
+from cookbook.deployment_state import DELETED, FAILED
 from cookbook.deployments import DeploymentHandle, attach_trainer
-from cookbook.errors import RequestRejected, WeightSyncError
+from cookbook.errors import DeploymentLost, ProvisioningError, RequestRejected, WeightSyncError
 from cookbook.provisioning import TrainerHandle
 
 if TYPE_CHECKING:
@@ -171,6 +172,7 @@ class WeightSync:
         Raises:
             WeightSyncError: the trainer refused to save, or the deployment failed, was late, or serves something else.
                 Names state, seconds and snapshot. Doing it again is safe.
+            DeploymentLost: the deployment has failed, or was deleted.
             TrainerLost: the trainer's session is gone.
         """
         self._attempts[name] += 1
@@ -244,7 +246,8 @@ class WeightSync:
             problem = _short(problem_of(error))
         else:
             return time.monotonic() - started
-        raise self._error(time.monotonic() - started, saved.snapshot_name, f"{problem}{self._words()}")
+        error = self._error(time.monotonic() - started, saved.snapshot_name, f"{problem}{self._words()}")
+        raise DeploymentLost(f"{error}") if self._is_lost() else error
 
     def _verify(self, snapshot: str, deadline: Deadline) -> float:
         """Ask until every replica serves the snapshot: the SDK looks at the first one only."""
@@ -307,6 +310,14 @@ class WeightSync:
             timeout_s,
         )
         return list(status.get("replicas") or [])
+
+    def _is_lost(self) -> bool:
+        """Whether the deployment is gone or has failed, so that no further attempt can help."""
+        try:
+            found = self._control.deployment(self.deployment.deployment_id, _STATUS_TIMEOUT_S)
+        except ProvisioningError:
+            return False
+        return found is None or found["state"] in (FAILED, *DELETED)
 
     def _words(self) -> str:
         """What the deployment itself says about its load, if anything."""

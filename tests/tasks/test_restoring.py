@@ -1,0 +1,90 @@
+"""A recipe is run again from its last commit when its trainer is lost, and only then."""
+
+import pytest
+
+from cookbook.config import SFTConfig
+from cookbook.errors import DataError, LeaseLost, TrainerLost
+from cookbook.files import append_jsonl, read_json
+from cookbook.run import RunDirectory
+from tasks.restoring import restoring
+from tasks.run import Run
+
+
+@pytest.fixture
+def config(tmp_path, monkeypatch):
+    monkeypatch.setenv("COOKBOOK_HOME", str(tmp_path / "home"))
+    retry = {"restores": 2, "initial_delay_s": 0.001}
+    return SFTConfig(log_path=str(tmp_path / "run"), base_model="m", dataset="rows.jsonl", retry=retry)
+
+
+class Algorithm:
+    """Does what it is told, one thing a start; then it ends well."""
+
+    def __init__(self, *script):
+        self.script, self.epochs = list(script), []
+
+    def __call__(self, run, config):
+        self.epochs.append(run.directory.epoch)
+        for act in self.script.pop(0) if self.script else ():
+            if isinstance(act, Exception):
+                raise act
+            with run.directory.guard():
+                row = {"name": f"step-{act}", "step": act, "data_consumed": act, "state_path": f"s{act}"}
+                append_jsonl(run.directory.path / "checkpoints.jsonl", row)
+        return "done"
+
+
+LOST = TrainerLost("trainer t is lost.")
+
+
+def test_a_lost_trainer_sends_the_run_back_with_a_new_lease_epoch(config):
+    algorithm = Algorithm([LOST], [LOST])
+    assert restoring(config, Run, algorithm) == "done"
+    assert algorithm.epochs == [1, 2, 3]
+
+
+def test_it_ends_once_it_was_lost_too_often_in_a_row(config):
+    algorithm = Algorithm([LOST], [LOST], [LOST], [])
+    with pytest.raises(TrainerLost):
+        restoring(config, Run, algorithm)
+    assert len(algorithm.epochs) == 3  # the first start and two restores
+
+
+def test_a_further_commit_starts_the_count_again(config):
+    algorithm = Algorithm([LOST], [LOST], [5, LOST], [LOST], [])
+    assert restoring(config, Run, algorithm) == "done"
+    assert len(algorithm.epochs) == 5
+
+
+@pytest.mark.parametrize("error", [LeaseLost("taken over"), DataError("bad row"), KeyboardInterrupt()])
+def test_other_errors_end_it_at_once(config, error):
+    def failing(run, config):
+        seen.append(run)
+        raise error
+
+    seen = []
+    with pytest.raises(type(error)):
+        restoring(config, Run, failing)
+    assert len(seen) == 1
+
+
+def test_a_resumed_run_counts_its_old_commits_for_nothing(config):
+    with pytest.raises(DataError):
+        restoring(config, Run, Algorithm([3, DataError("x")]))
+    with pytest.raises(TrainerLost):
+        restoring(config, Run, Algorithm([LOST], [LOST], [LOST], []))
+
+
+def test_another_owner_between_two_starts_stops_it(config, tmp_path):
+    def taken_over(run, config):
+        run.directory.close()  # a file system that forgets locks
+        contents = config.model_dump(mode="json")
+        others.append(RunDirectory.open(config.log_path, recipe="sft", config=contents, home=tmp_path / "home"))
+        raise LOST
+
+    others = []
+    with pytest.raises(LeaseLost, match="is owned by process"):
+        restoring(config, Run, taken_over)
+    assert len(others) == 1
+    others[0].close()
+    assert read_json(tmp_path / "run" / "run.json")["lease"]["epoch"] == 2
