@@ -213,6 +213,11 @@ class EvalRun(KeptEvaluation):
             if any(record.state != "freed" for record in self.ledger.all()):
                 release_deployments(self.control, self.ledger)
 
+    def disconnect(self) -> None:
+        """Close the connections to the backend: the last thing that is done with an evaluation."""
+        if self._control is not None:
+            self._control.close()
+
     def fail(self) -> None:
         """Free what is deployed. Never raises: the error at hand matters more. Ctrl-C does not break it off."""
         with undisturbed():
@@ -276,6 +281,8 @@ def open_evaluation(config: EvaluationConfig) -> Iterator[EvalRun]:
         except BaseException:
             run.fail()
             raise
+        finally:
+            run.disconnect()
 
 
 def _snapshot(version: str) -> str:

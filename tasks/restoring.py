@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import TypeVar
 
 from cookbook.checkpoints import CheckpointRow, last_commit
@@ -38,7 +39,7 @@ def restoring(
         ConfigError: the run was started with another config, and has a commit.
         TrainerLost, DeploymentLost, WeightSyncError: lost once too often.
     """
-    restores, commit = 0, last_commit(config.log_path)
+    restores, commit = 0, last_commit(Path(config.log_path).expanduser())
     while True:
         env = environment()
         contents = config.model_dump(mode="json")
@@ -56,7 +57,9 @@ def restoring(
                     raise
                 _announce(error, commit, restores, config)
                 run.give_up()
-        time.sleep(config.retry.delay(restores))
+            finally:
+                run.disconnect()
+            time.sleep(config.retry.delay(restores))  # owning it still: nobody is to take the run for a dead one
 
 
 def _announce(error: BaseException, commit: CheckpointRow | None, restores: int, config: RecipeConfig) -> None:

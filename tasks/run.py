@@ -211,6 +211,11 @@ class Run:
             self._close()
         self.tracker.finish(GoesOn())
 
+    def disconnect(self) -> None:
+        """Close the connections to the backend: the last thing that is done with a run."""
+        if self._control is not None:
+            self._control.close()
+
     @property
     def has_control(self) -> bool:
         """Whether the run has talked to its backend in this start."""

@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
+from unittest import mock
+
+import pytest
+from typer.testing import CliRunner
+
+from cookbook.cli import app
+from cookbook.cli import run as run_command
+from cookbook.config import RECIPE_CONFIGS
+from cookbook.summary import RunSummary
 
 NUM_ROWS = 24
 BATCH_SIZE = 8
@@ -107,6 +118,23 @@ def finish(process: subprocess.Popen[str], timeout_s: float = 150) -> dict[str, 
     assert process.returncode == 0, f"{out}\n{err}"
     summary: dict[str, Any] = json.loads(out.strip().splitlines()[-1])
     return summary
+
+
+def run_here(parameters: dict[str, Any], environment: dict[str, str], recipe: str = "sft") -> dict[str, Any]:
+    """Run a recipe to its end in this process, below Prefect: the same, without records and their cost; its summary."""
+    flow = import_module(f"flows.{recipe}")
+    with mock.patch.dict(os.environ, environment):
+        summary: RunSummary = getattr(flow, recipe).fn(RECIPE_CONFIGS[recipe].model_validate(parameters))
+    return summary.to_dict()
+
+
+def command_here(arguments: Sequence[str], environment: dict[str, str]) -> tuple[int, str, str]:
+    """Run `cookbook ARGUMENTS` in this process, flows below Prefect: exit status, stdout, stderr."""
+    with mock.patch.dict(os.environ, environment), pytest.MonkeyPatch.context() as patch:
+        found = run_command._flow
+        patch.setattr(run_command, "_flow", lambda name, group: found(name, group).fn)
+        done = CliRunner().invoke(app, list(arguments))
+    return done.exit_code, done.stdout, done.stderr
 
 
 def metrics(parameters: dict[str, Any]) -> list[dict[str, Any]]:

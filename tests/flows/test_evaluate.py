@@ -16,7 +16,7 @@ from cookbook.control_plane import connect
 from cookbook.models.export import card_of
 from cookbook.models.provenance import read_provenance
 from cookbook.run import list_runs
-from tests.flows.helpers import wait_for
+from tests.flows.helpers import command_here, wait_for
 from tests.tiny_model import make_tiny_adapter, make_tiny_model
 from tests.wire.deployment_process import write_model_snapshot
 
@@ -57,9 +57,10 @@ def command(model, rows, log_path, *options, **fields):
 
 
 def run(call, environment, expect=0):
-    done = subprocess.run(call, env=environment, capture_output=True, text=True, timeout=200)
-    assert done.returncode == expect, f"{done.stdout}\n{done.stderr}"
-    return json.loads(done.stdout.splitlines()[-1]) if expect == 0 else done.stderr
+    """What the command gives, in this process: the report, or what it says on stderr."""
+    status, out, err = command_here(call[call.index("eval") :], environment)
+    assert status == expect, f"{out}\n{err}"
+    return json.loads(out.splitlines()[-1]) if expect == 0 else err
 
 
 def deployments(home):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from cookbook import embedded
-from tests.flows.helpers import finish, losses, metrics, preference_parameters, start, wait_for, write_pairs
+from tests.flows.helpers import losses, metrics, preference_parameters, run_here, start, wait_for, write_pairs
 
 PAIRS, HELD_OUT, BATCH_SIZE, EPOCHS = 24, 8, 4, 2
 STEPS = PAIRS // BATCH_SIZE * EPOCHS
@@ -34,7 +34,7 @@ def run_of(environment, tiny_model, pairs_file, held_out_file, tmp_path_factory)
             log_path = tmp_path_factory.mktemp(recipe) / "run"
             evaluation = {"dataset": str(held_out_file)}
             parameters = preference_parameters(log_path, tiny_model, pairs_file, epochs=EPOCHS, evaluation=evaluation)
-            done[recipe] = parameters, finish(start(parameters, environment, recipe))
+            done[recipe] = parameters, run_here(parameters, environment, recipe)
         return done[recipe]
 
     return run
@@ -76,7 +76,7 @@ def test_the_reference_trainer_is_freed_when_all_logprobs_are_known(run_of):
 def test_a_second_run_on_the_same_data_and_model_needs_no_reference(run_of, environment, tmp_path):
     parameters, _ = run_of("dpo")
     again = {**parameters, "log_path": str(tmp_path / "run")}
-    finish(start(again, environment, "dpo"))
+    run_here(again, environment, "dpo")
     assert resources(again, "reference") == []
     assert losses(again) == losses(parameters)
 
@@ -90,7 +90,7 @@ def test_a_run_killed_in_epoch_2_resumes_to_the_same_losses(run_of, environment,
     wait_for(lambda: max(losses(killed), default=0) >= 9, process)
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    again = finish(start(killed, environment, recipe))
+    again = run_here(killed, environment, recipe)
     assert again["resumed_from_step"] in (8, 12)
     assert losses(killed) == losses(parameters)
     assert again["rows_consumed"] == summary["rows_consumed"]
@@ -108,7 +108,7 @@ def test_a_run_killed_while_references_are_computed_resumes_to_the_same_losses(
         wait_for(lambda: max(losses(killed), default=0) >= 1, process)
         process.send_signal(signal.SIGKILL)
         process.communicate()
-        finish(start(killed, elsewhere, "dpo"))
+        run_here(killed, elsewhere, "dpo")
     finally:
         embedded.stop(tmp_path / "home")
     expected = losses(parameters)
@@ -144,7 +144,7 @@ def entries(cache):
 
 def test_with_lora_the_base_under_the_adapter_is_the_reference(environment, tiny_model, pairs_file, tmp_path):
     parameters = preference_parameters(tmp_path / "run", tiny_model, pairs_file, lora_rank=4, beta=0.2)
-    finish(start(parameters, environment, "dpo"))
+    run_here(parameters, environment, "dpo")
     assert resources(parameters, "reference") == []
     assert losses(parameters)[1] == pytest.approx(math.log(2), abs=1e-6)
 
@@ -158,7 +158,7 @@ def test_weights_are_synced_to_a_deployment_when_asked_to(environment, tiny_mode
         weight_sync={"weight_sync_interval": 3},
         deployment={"deployment_extra_args": arguments},
     )
-    finish(start(parameters, environment, "dpo"))
+    run_here(parameters, environment, "dpo")
     assert resources(parameters, "deployment") == ["intended", "confirmed", "freed"]
     assert [row["step"] for row in metrics(parameters) if "sync/load_s" in row] == [4]  # noted with the next step
 
@@ -167,7 +167,7 @@ def test_the_learning_rate_follows_the_schedule_and_its_warm_up(environment, tin
     parameters = preference_parameters(
         tmp_path / "run", tiny_model, pairs_file, lr_schedule="linear", warmup_ratio=0.34, min_lr_ratio=0.1
     )
-    finish(start(parameters, environment, "orpo"))
+    run_here(parameters, environment, "orpo")
     rates = [row["train/learning_rate"] for row in metrics(parameters) if "train/loss" in row]
     peak = parameters["learning_rate"]
     assert rates == pytest.approx([peak / 3, peak * 2 / 3, peak, peak * 0.775, peak * 0.55, peak * 0.325])

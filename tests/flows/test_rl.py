@@ -5,7 +5,7 @@ import signal
 from collections import Counter
 from pathlib import Path
 
-from tests.flows.helpers import finish, losses, metrics, rl_parameters, start, wait_for
+from tests.flows.helpers import losses, metrics, rl_parameters, run_here, start, wait_for
 
 NUM_PROMPTS = 24
 GROUPS_PER_STEP = 4
@@ -60,7 +60,7 @@ def test_a_run_killed_between_two_saves_trains_the_recorded_groups_again(rl_undi
     process.send_signal(signal.SIGKILL)
     process.communicate()
     seen, recorded = losses(parameters), recorded_steps(parameters)
-    summary = finish(start(parameters, environment, recipe="rl"))
+    summary = run_here(parameters, environment, "rl")
     assert summary["resumed_from_step"] in (2, 4)
     assert {step: loss for step, loss in losses(parameters).items() if step in seen} == seen
     after = recorded_steps(parameters)
@@ -73,7 +73,7 @@ def test_windows_of_two_steps_lose_no_row_and_sync_every_other_step(environment,
     parameters = rl_parameters(
         tmp_path / "run", tiny_model, prompts_file, weight_sync={"weight_sync_interval": 2, "dcp_save_interval": 1}
     )
-    summary = finish(start(parameters, environment, recipe="rl"))
+    summary = run_here(parameters, environment, "rl")
     assert summary["rows_consumed"] == NUM_PROMPTS
     assert ended_rows(parameters) == Counter(range(NUM_PROMPTS))
     syncs = [row["step"] for row in metrics(parameters) if "sync/load_s" in row]
@@ -95,7 +95,7 @@ def test_a_lora_run_with_a_kl_term_and_a_calculator(environment, tiny_model, pro
         advantage="leave_one_out",
         trajectory_dir=str(tmp_path / "trajectories"),
     )
-    finish(start(parameters, environment, recipe="rl"))
+    run_here(parameters, environment, "rl")
     rows = [row for row in metrics(parameters) if "train/loss" in row]
     assert rows[0]["kl/mean"] < 1e-6  # the adapter starts at zero
     assert rows[-1]["kl/mean"] > 1e-6
@@ -115,5 +115,5 @@ def test_a_reward_that_fails_in_the_middle_ends_the_run_and_loses_no_row(
     assert "row 9" in err
     assert "Traceback" not in err
     (tmp_path / "broken.flag").unlink()  # the user mends the reward
-    finish(start(parameters, {**environment, "REWARD_BROKEN": str(tmp_path / "broken.flag")}, recipe="rl"))
+    run_here(parameters, {**environment, "REWARD_BROKEN": str(tmp_path / "broken.flag")}, recipe="rl")
     assert ended_rows(parameters) == Counter(range(NUM_PROMPTS))

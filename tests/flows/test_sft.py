@@ -7,7 +7,7 @@ import signal
 from pathlib import Path
 
 from cookbook.models.provenance import read_provenance
-from tests.flows.helpers import BATCH_SIZE, NUM_ROWS, finish, losses, metrics, sft_parameters, start, wait_for
+from tests.flows.helpers import BATCH_SIZE, NUM_ROWS, losses, metrics, run_here, sft_parameters, start, wait_for
 
 STEPS_PER_EPOCH = NUM_ROWS // BATCH_SIZE
 
@@ -28,7 +28,7 @@ def test_a_run_learns_commits_and_promotes(undisturbed, backend_home):
 def test_a_finished_run_started_again_answers_at_once_and_trains_nothing(undisturbed, environment):
     parameters, summary = undisturbed
     before = metrics(parameters)
-    again = finish(start(parameters, environment))
+    again = run_here(parameters, environment)
     assert again["steps"] == summary["steps"]
     assert again["evaluation"] == summary["evaluation"]
     assert metrics(parameters) == before
@@ -43,7 +43,7 @@ def test_a_run_killed_between_two_saves_in_epoch_2_resumes_to_the_same_losses(un
     process.send_signal(signal.SIGKILL)
     process.communicate()
     seen = losses(killed)
-    summary = finish(start(killed, environment))
+    summary = run_here(killed, environment)
     assert summary["resumed_from_step"] in (4, 6)
     assert losses(killed) == losses(parameters)
     assert all(seen[step] == losses(parameters)[step] for step in seen)
@@ -54,12 +54,12 @@ def test_a_run_that_died_after_its_last_save_promotes_that_save(
     environment, tiny_model, rows_file, backend_home, tmp_path
 ):
     parameters = sft_parameters(tmp_path / "run", tiny_model, rows_file, output_model_id="late-{run_id}", lora_rank=4)
-    first = finish(start(parameters, environment))
+    first = run_here(parameters, environment)
     made = read_provenance(backend_home, first["model"])
     assert made.dataset_sha256 == hashlib.sha256(rows_file.read_bytes()).hexdigest()
     assert made.dataset_rows == len(rows_file.read_text().splitlines())
     (tmp_path / "run" / "summary.json").unlink()  # as if it had been killed just before the end
-    second = finish(start(parameters, environment))
+    second = run_here(parameters, environment)
     assert (second["checkpoint"], second["model"]) == (first["checkpoint"], first["model"])
     assert second["resumed_from_step"] == first["steps"]
 
@@ -77,7 +77,7 @@ def test_a_disk_that_fills_up_ends_the_run_and_loses_no_commit(undisturbed, envi
     assert "File too large" in err
     assert "Traceback" not in err
     kept = [json.loads(line)["step"] for line in commits.read_text().splitlines()]
-    summary = finish(start(parameters, environment))
+    summary = run_here(parameters, environment)
     assert summary["resumed_from_step"] == kept[-1]
     assert summary["steps"] == 16 * STEPS_PER_EPOCH
 
