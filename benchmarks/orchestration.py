@@ -262,14 +262,12 @@ def finder(flow: int, server: int, folder: Path) -> Callable[[], dict[str, int]]
 
 
 def rss_mb(pid: int) -> float | None:
-    """Resident memory of a process and its children; None when it is gone."""
+    """Resident memory of a process without its children; None when it is gone."""
     try:
         status = Path(f"/proc/{pid}/status").read_text()
-        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-        own = next(int(line.split()[1]) / 1e3 for line in status.splitlines() if line.startswith("VmRSS"))
-    except (OSError, StopIteration):
+    except OSError:
         return None
-    return own + sum(rss_mb(int(child)) or 0.0 for child in children)
+    return next((int(line.split()[1]) * 1024 / 1e6 for line in status.splitlines() if line.startswith("VmRSS")), None)
 
 
 def last_step(folder: Path) -> int:

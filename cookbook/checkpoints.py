@@ -1,7 +1,7 @@
 """Commits of a run: save_checkpoint, resolve_resume and the rows of checkpoints.jsonl between them.
 
-A row is appended only after the remote save is confirmed, so the last row is always a state that can be loaded. No SDK
-here: the client brings it.
+A row is appended only after the remote save is confirmed, so the last row is a state that can be loaded, unless its
+files were damaged since. No SDK here: the client brings it.
 """
 
 from __future__ import annotations
@@ -9,14 +9,15 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cookbook.errors import CheckpointError, RequestRejected
+from cookbook.deadlines import Deadline
+from cookbook.errors import DOES_NOT_FIT, CheckpointError, RequestRejected
 from cookbook.files import append_jsonl, cut_torn_line, read_jsonl, replace_jsonl
 from cookbook.run import CHECKPOINTS_FILE
 
@@ -28,7 +29,9 @@ if TYPE_CHECKING:
 __all__ = [
     "CheckpointKind",
     "CheckpointRow",
+    "PendingCheckpoint",
     "ResumeInfo",
+    "begin_checkpoint",
     "drop_checkpoints",
     "last_commit",
     "last_promotable",
@@ -90,6 +93,102 @@ class ResumeInfo:
     """The checkpoint that was loaded."""
     loop_state: Mapping[str, Any] = field(default_factory=dict)
     """What `save_checkpoint` was given; empty for `init_from_checkpoint`."""
+    skipped: Mapping[str, str] = field(default_factory=dict)
+    """Newer checkpoints that cannot be loaded: name -> why. Their rows are still there."""
+
+
+class PendingCheckpoint:
+    """A checkpoint whose state is being saved. It is a commit once its row is written. Made by `begin_checkpoint`."""
+
+    def __init__(
+        self,
+        path: Path,
+        row: dict[str, Any],
+        labels: dict[str, str],
+        guard: Callable[[], AbstractContextManager[None]],
+        save: Callable[[], dict[str, str]],
+    ) -> None:
+        self.name = str(row["name"])
+        self.step = int(row["step"])
+        self._path = path
+        self._row = row
+        self._labels = labels
+        self._guard = guard
+        self._save = save
+
+    def confirm(self) -> dict[str, str]:
+        """Wait until all is saved; the paths, as `save_checkpoint` returns them.
+
+        Raises:
+            RequestRejected, TrainerLost: from the client.
+        """
+        return self._save()
+
+    def append(self, paths: Mapping[str, str]) -> None:
+        """Write the row: from here on it is a commit. It may be tried again.
+
+        Raises:
+            CheckpointError: the row cannot be written; nothing is committed.
+            LeaseLost: from the guard.
+        """
+        with self._guard():
+            append_jsonl(self._path, {**self._row, **paths, **self._labels})
+        logger.info("checkpoint %s at step %d: %s", self.name, self.step, ", ".join(paths.values()))
+
+    def commit(self) -> dict[str, str]:
+        """`confirm`, then `append`; the paths."""
+        paths = self.confirm()
+        self.append(paths)
+        return paths
+
+
+def begin_checkpoint(
+    client: ReconnectableClient,
+    name: str,
+    log_path: str | Path,
+    loop_state: Mapping[str, Any],
+    kind: str = "state",
+    *,
+    base_model: str | None = None,
+    training_shape: str | None = None,
+    guard: Callable[[], AbstractContextManager[None]] | None = None,
+    timeout_s: float | None = None,
+) -> PendingCheckpoint:
+    """As `save_checkpoint`, without waiting for the state: training may go on, and the commit is made afterwards, in
+    any thread. A sampler snapshot is waited for here.
+
+    Args:
+        timeout_s: seconds from now until all must be saved; None = the client's deadlines.
+
+    Raises:
+        CheckpointError: unusable name, kind, loop state or log_path; nothing was saved.
+        RequestRejected, TrainerLost, LeaseLost: from the client and from the guard.
+    """
+    path = Path(log_path) / CHECKPOINTS_FILE
+    chosen = _kind(kind)
+    row = _row_of(loop_state)
+    _check_name(path, name, chosen)
+    guard = guard or nullcontext
+    with guard():
+        _check_writable(path)
+    deadline = None if timeout_s is None else Deadline(timeout_s)
+
+    def remaining() -> float | None:
+        return None if deadline is None else deadline.for_call()
+
+    state = None if chosen is CheckpointKind.SAMPLER else client.begin_save_state(name)
+    sampler: dict[str, str] = {}
+    if chosen is not CheckpointKind.STATE:
+        sampler["sampler_path"] = client.save_weights_for_sampler_ext(name, "base", timeout_s=remaining())
+
+    def save() -> dict[str, str]:
+        if state is None:
+            return sampler
+        return {"state_path": _reference(client.job_id, state.result(remaining())), **sampler}
+
+    labels = {"source_job_id": client.job_id, "base_model": base_model, "training_shape": training_shape}
+    known = {key: value for key, value in labels.items() if value is not None}
+    return PendingCheckpoint(path, {"name": name, **row}, known, guard, save)
 
 
 def save_checkpoint(
@@ -126,23 +225,10 @@ def save_checkpoint(
     >>> save_checkpoint(client, "step-50", log_path, {"step": 50, "data_consumed": 200})  # doctest: +SKIP
     {'state_path': 'cross_job://sft-1f2e3d4c-policy-g1/step-50'}
     """
-    path = Path(log_path) / CHECKPOINTS_FILE
-    chosen = _kind(kind)
-    row = _row_of(loop_state)
-    _check_name(path, name, chosen)
-    with (guard or nullcontext)():
-        _check_writable(path)
-    paths: dict[str, str] = {}
-    if chosen in (CheckpointKind.STATE, CheckpointKind.BOTH):
-        paths["state_path"] = _reference(client, client.save_state(name))
-    if chosen in (CheckpointKind.SAMPLER, CheckpointKind.BOTH):
-        paths["sampler_path"] = client.save_weights_for_sampler_ext(name, "base")
-    labels = {"source_job_id": client.job_id, "base_model": base_model, "training_shape": training_shape}
-    row = {"name": name, **row, **paths, **{key: value for key, value in labels.items() if value is not None}}
-    with (guard or nullcontext)():
-        append_jsonl(path, row)
-    logger.info("checkpoint %s at step %d: %s", name, row["step"], ", ".join(paths.values()))
-    return paths
+    pending = begin_checkpoint(
+        client, name, log_path, loop_state, kind, base_model=base_model, training_shape=training_shape, guard=guard
+    )
+    return pending.commit()
 
 
 def resolve_resume(
@@ -150,9 +236,10 @@ def resolve_resume(
 ) -> ResumeInfo | None:
     """Bring the client's model to where the run stopped, and say where that is.
 
-    The last resumable row of checkpoints.jsonl is loaded, weights and optimizer. Only when there is none,
-    `init_from_checkpoint` is: weights only, with a fresh optimizer, at step 0. With neither the model stays as it was
-    made, and must not have been trained.
+    The last resumable row of checkpoints.jsonl is loaded, weights and optimizer. One that is damaged or missing is
+    passed over, with a warning, for the one before it. Only when there is no such row, `init_from_checkpoint` is
+    loaded: weights only, with a fresh optimizer, at step 0. With neither the model stays as it was made, and must not
+    have been trained.
 
     Args:
         client: needs no restored model; this call restores it.
@@ -163,23 +250,13 @@ def resolve_resume(
         None for a fresh start without `init_from_checkpoint`.
 
     Raises:
-        CheckpointError: the checkpoint is missing, damaged or does not fit, or checkpoints.jsonl is damaged. There is
-            never a silent fresh start.
+        CheckpointError: none of the run's checkpoints can be loaded, or the newest that is whole is of another model,
+            or checkpoints.jsonl is damaged. There is never a silent fresh start.
         TrainerLost: from the client.
     """
-    row = last_commit(log_path)
-    if row is not None:
-        assert row.state_path is not None, "a resumable row has a state_path"
-        try:
-            client.load_state_with_optimizer(row.state_path, step=row.step)
-        except RequestRejected as error:
-            raise CheckpointError(
-                f"checkpoint {row.name!r} (step {row.step}) of {Path(log_path) / CHECKPOINTS_FILE} cannot be loaded "
-                f"from {row.state_path}: {error}. Restore the snapshot; or remove the row, to go on from "
-                "the one before it; or start in a new log_path."
-            ) from error
-        logger.info("resumed from %s at step %d", row.name, row.step)
-        return ResumeInfo(row.step, row.data_consumed, row.source_job_id, row.name, row.loop_state)
+    rows = [row for row in read_checkpoints(log_path) if row.state_path]
+    if rows:
+        return _resume_from(client, Path(log_path) / CHECKPOINTS_FILE, rows)
     if init_from_checkpoint is not None:
         return _init_from(client, init_from_checkpoint)
     client.start_fresh()
@@ -248,6 +325,39 @@ def next_checkpoint_name(log_path: str | Path, base: str, taken: Collection[str]
     return name
 
 
+def _resume_from(client: ReconnectableClient, path: Path, rows: Sequence[CheckpointRow]) -> ResumeInfo:
+    """Load the newest of the rows that can be loaded."""
+    skipped: dict[str, str] = {}
+    for row in reversed(rows):
+        try:
+            _load_row(client, row)
+        except RequestRejected as error:
+            if DOES_NOT_FIT in str(error):
+                raise CheckpointError(
+                    f"checkpoint {row.name!r} (step {row.step}) of {path} cannot be loaded from {row.state_path}: "
+                    f"{error}. Set the model settings back, or start in a new log_path."
+                ) from error
+            skipped[row.name] = str(error)
+            logger.warning("checkpoint %s (step %d) CANNOT BE LOADED and is passed over: %s", row.name, row.step, error)
+            continue
+        logger.info("resumed from %s at step %d", row.name, row.step)
+        return ResumeInfo(row.step, row.data_consumed, row.source_job_id, row.name, row.loop_state, skipped)
+    reasons = "".join(f"\n  - {name!r} (step {row.step}): {skipped[name]}" for row in rows if (name := row.name))
+    raise CheckpointError(
+        f"none of the {len(rows)} checkpoints of {path} can be loaded:{reasons}\nRestore the snapshot of one, "
+        "or start in a new log_path from row 0."
+    )
+
+
+def _load_row(client: ReconnectableClient, row: CheckpointRow) -> None:
+    """Load one checkpoint. RequestRejected when it cannot be, or when it is not what its row says."""
+    assert row.state_path is not None, "a resumable row has a state_path"
+    saved_step = client.saved_step(row.state_path)
+    if saved_step not in (None, row.step):
+        raise RequestRejected(f"{row.state_path} holds the weights of step {saved_step}, its row says {row.step}.")
+    client.load_state_with_optimizer(row.state_path, step=row.step)
+
+
 def _init_from(client: ReconnectableClient, init_from_checkpoint: str) -> ResumeInfo:
     job_id, _, name = init_from_checkpoint.rpartition(":")
     try:
@@ -261,12 +371,10 @@ def _init_from(client: ReconnectableClient, init_from_checkpoint: str) -> Resume
     return ResumeInfo(step=0, data_consumed=0, source_job_id=job_id or client.job_id, name=name)
 
 
-def _reference(client: ReconnectableClient, saved_path: str) -> str:
+def _reference(job_id: str, saved_path: str) -> str:
     """What to load a saved state by, from any trainer job. The path that the trainer answered is authoritative; a bare
     name is qualified with its job."""
-    if "/" in saved_path:
-        return saved_path
-    return client.resolve_checkpoint_path(saved_path, source_job_id=client.job_id)
+    return saved_path if "/" in saved_path else f"cross_job://{job_id}/{saved_path}"
 
 
 def _kind(kind: str) -> CheckpointKind:

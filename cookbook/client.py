@@ -6,11 +6,16 @@ restore is decided in cookbook/checkpoints.py.
 
 from __future__ import annotations
 
+import logging
 import os
+import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import CancelledError, Future
+from contextlib import contextmanager
+from dataclasses import dataclass
 from types import TracebackType
-from typing import TYPE_CHECKING, Self, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, Self, TypeAlias, TypeVar
 
 from fireworks.training.sdk import RequestFailedError
 
@@ -24,9 +29,11 @@ if TYPE_CHECKING:
     from fireworks.training.sdk.types import ForwardBackwardOutput, OptimStepResponse
     from torch import Tensor
 
-__all__ = ["CustomLoss", "LossConfig", "PendingForward", "ReconnectableClient", "StepResult"]
+__all__ = ["CustomLoss", "LossConfig", "PendingForward", "PendingSave", "ReconnectableClient", "StepResult"]
 
 T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
 
 LossConfig: TypeAlias = Mapping[str, float | str | bool]
 CustomLoss: TypeAlias = "Callable[[list[Datum], list[Tensor]], tuple[Tensor, dict[str, float]]]"
@@ -34,11 +41,23 @@ CustomLoss: TypeAlias = "Callable[[list[Datum], list[Tensor]], tuple[Tensor, dic
 
 SAMPLER_CHECKPOINT_TYPES = ("base", "delta", "merged_base")
 
+_LIST_TIMEOUT_S = 30.0
+
 _REMEDY = "Call reconnect(), then cookbook.checkpoints.resolve_resume() to restore the last commit."
 
 
 class _LossRaised(Exception):
     """The caller's own loss function raised."""
+
+
+@dataclass(frozen=True)
+class _Interrupted:
+    """A call whose waiting was broken off, by a signal for one; the call itself goes on."""
+
+    operation: str
+    outcome: Future[Any]
+    reads_only: bool
+    """Whether the model is the same before and after it."""
 
 
 class PendingForward:
@@ -57,16 +76,39 @@ class PendingForward:
         return self._wait(timeout_s)
 
 
+class PendingSave:
+    """A save of the state on its way: of the weights as they were when it was begun, whatever is trained meanwhile."""
+
+    def __init__(self, name: str, wait: Callable[[float | None], str]) -> None:
+        self.name = name
+        self._wait = wait
+
+    def result(self, timeout_s: float | None = None) -> str:
+        """Wait until the save is confirmed, in any thread; returns the path as the trainer answers it.
+
+        Args:
+            timeout_s: seconds from now; None = the client's deadline for states. A save that is late is given up, and
+                its session is lost.
+
+        Raises:
+            RequestRejected: the trainer refused (the name exists, the disk is full, ...); the session stays usable.
+            TrainerLost: see `ReconnectableClient`; also when the client was closed or has reconnected meanwhile. A save
+                that was begun before its session was lost can still be confirmed.
+        """
+        return self._wait(timeout_s)
+
+
 class ReconnectableClient:
     """Blocking wrapper around the SDK's training client of one trainer job.
 
     Every call waits at most its deadline, construction included. A request that the trainer understood and refused is
-    `RequestRejected`; the session stays usable. Anything else (time-out, 404, 410, an internal error of the trainer, an
-    interrupt while waiting) is `TrainerLost`: then no further call is sent until `reconnect()`, because nobody knows
-    what the trainer applied. After `reconnect()` the model is a fresh one, and training is refused until weights are
-    loaded, which `cookbook.checkpoints.resolve_resume` does.
+    `RequestRejected`; the session stays usable. Anything else (time-out, 404, 410, an internal error of the trainer) is
+    `TrainerLost`: then no further call is sent until `reconnect()`, because nobody knows what the trainer applied. The
+    same holds after an interrupt (Ctrl-C) while waiting, unless `settle` finds that the call came to a good end. After
+    `reconnect()` the model is a fresh one, and training is refused until weights are loaded, which
+    `cookbook.checkpoints.resolve_resume` does.
 
-    For use from one thread at a time.
+    For use from one thread at a time; a `PendingSave` may be waited for in another one.
 
     >>> client = ReconnectableClient(control.jobs, trainer.job_id, wire_model, lora_rank=8)  # doctest: +SKIP
     >>> client.train_step(datums, "cross_entropy", AdamParams(learning_rate=1e-4)).loss_sum  # doctest: +SKIP
@@ -117,8 +159,11 @@ class ReconnectableClient:
         self._default_timeout_s = default_timeout_s
         self._state_timeout_s = state_timeout_s
         self._session = TrainingSession()
+        self._losing = threading.Lock()
+        self._changing: str | None = None
         self._num_sessions = 0
         self._lost: str | None = None
+        self._interrupted: _Interrupted | None = None
         self._touched = False
         self._needs_restore = False
         self._step = 0
@@ -144,7 +189,7 @@ class ReconnectableClient:
     @property
     def is_lost(self) -> bool:
         """Whether every call is refused until `reconnect()`."""
-        return self._lost is not None
+        return self._lost is not None or self._interrupted is not None
 
     def __repr__(self) -> str:
         state = "lost" if self.is_lost else "needs restore" if self._needs_restore else "ready"
@@ -186,11 +231,28 @@ class ReconnectableClient:
         self._needs_restore = False
         self._step = 0
 
+    def settle(self, timeout_s: float) -> bool:
+        """Wait for the call whose waiting was interrupted, if there is one; whether the session is usable (again).
+
+        It is after a call that only read the weights (forward, save, list) and was answered. Otherwise it is lost.
+        """
+        interrupted, self._interrupted = self._interrupted, None
+        if interrupted is not None:
+            try:
+                interrupted.outcome.result(timeout_s)
+                is_whole = interrupted.reads_only
+            except Exception:
+                is_whole = False
+            if not is_whole:
+                self._loss(f"{interrupted.operation} was interrupted")
+        return not self.is_lost
+
     def close(self) -> None:
         """End the session and free its model. Returns within seconds, whatever the trainer does."""
         if self._lost != "it was closed":
-            self._session.close(unload=not self.is_lost)
-            self._lost = "it was closed"
+            unload = not self.is_lost
+            self._lost, self._interrupted = "it was closed", None
+            self._session.close(unload=unload)
 
     # -- training ------------------------------------------------------------------------------------------------------
 
@@ -210,7 +272,10 @@ class ReconnectableClient:
         """
         self._check_data("forward", data)
         return self._submit(
-            "forward", lambda model: model.forward(list(data), loss_fn, _config(loss_fn_config)), timeout_s
+            "forward",
+            lambda model: model.forward(list(data), loss_fn, _config(loss_fn_config)),
+            timeout_s,
+            reads_only=True,
         )
 
     def submit_forward(
@@ -227,6 +292,7 @@ class ReconnectableClient:
             "forward",
             lambda model: self._sent("forward", lambda: model.forward(list(data), loss_fn, _config(loss_fn_config))),
             None,
+            reads_only=True,
         )
         session = self._session
 
@@ -236,7 +302,7 @@ class ReconnectableClient:
                 raise TrainerLost(
                     f"forward on trainer {self.job_id} went out in a session that was given up: {reason}."
                 )
-            return self._wait("forward", answer.result, timeout_s or self._default_timeout_s)
+            return self._wait("forward", answer.result, timeout_s or self._default_timeout_s, reads_only=True)
 
         return PendingForward(wait)
 
@@ -318,14 +384,15 @@ class ReconnectableClient:
         """
         self._check_restored("optim_step")
         self._touched = True
-        answer = self._submit(
-            "optim_step",
-            lambda model: model.optim_step(
-                adam_params, grad_accumulation_normalization=grad_accumulation_normalization
-            ),
-            timeout_s,
-        )
-        self._step += 1
+        with self._changes("optim_step"):
+            answer = self._submit(
+                "optim_step",
+                lambda model: model.optim_step(
+                    adam_params, grad_accumulation_normalization=grad_accumulation_normalization
+                ),
+                timeout_s,
+            )
+            self._step += 1
         return answer
 
     def train_step(
@@ -357,14 +424,15 @@ class ReconnectableClient:
             return wait_for_both(backward, step)
 
         try:
-            output, answer = self._run("train_step", work, timeout_s)
+            with self._changes("train_step"):
+                output, answer = self._run("train_step", work, timeout_s)
+                self._step += 1
         except StepRejected as rejected:
             if rejected.dirty:
                 self._loss("a refused train_step has left gradients, or stepped without all of them")
             else:
                 self._lose_unless_one_request(data)
             raise self._rejection("train_step", rejected.cause) from None
-        self._step += 1
         metrics = {**output.metrics, **(answer.metrics or {})}
         seconds = time.monotonic() - started
         return StepResult(self._step, loss_sum(output, data), metrics, seconds, output.loss_fn_outputs)
@@ -378,11 +446,26 @@ class ReconnectableClient:
             RequestRejected: the trainer refused (the name exists, the disk is full, ...).
             TrainerLost: see the class.
         """
-        self._check_restored("save_state")
-        answer = self._submit(
-            f"save_state({name!r})", lambda model: model.save_state(name), timeout_s or self._state_timeout_s
+        return self.begin_save_state(name).result(timeout_s)
+
+    def begin_save_state(self, name: str) -> PendingSave:
+        """As `save_state`, without waiting for the answer: training may go on at once.
+
+        The trainer works off what it is sent in order, so the save holds what was trained before it, and nothing else.
+
+        Raises:
+            RequestRejected: a call that changes the weights is under way, so that nobody knows what would be saved.
+            TrainerLost: see the class.
+        """
+        operation = f"save_state({name!r})"
+        self._check_saved(operation)
+        outcome: Future[str] = Future()
+        session = self._session
+        answer = self._run(
+            operation, lambda model: self._sent(operation, lambda: model.save_state(name)), None, reads_only=True
         )
-        return str(answer.path)
+        session.begin(lambda: str(answer.result().path), outcome, outlives_drop=True)
+        return PendingSave(name, lambda timeout_s: self._saved(operation, session, outcome, timeout_s))
 
     def load_state(self, path: str, *, timeout_s: float | None = None) -> None:
         """Load weights only, into a fresh optimizer; `step` restarts at 0.
@@ -414,7 +497,7 @@ class ReconnectableClient:
             RequestRejected: the trainer refused, or the type is unknown.
             TrainerLost: see the class.
         """
-        self._check_restored("save_weights_for_sampler_ext")
+        self._check_saved("save_weights_for_sampler_ext")
         if checkpoint_type is not None and checkpoint_type not in SAMPLER_CHECKPOINT_TYPES:
             raise RequestRejected(
                 f"checkpoint_type must be one of {', '.join(SAMPLER_CHECKPOINT_TYPES)}, got {checkpoint_type!r}."
@@ -423,6 +506,7 @@ class ReconnectableClient:
             f"save_weights_for_sampler_ext({name!r})",
             lambda model: model.save_weights_for_sampler_ext(name, checkpoint_type=checkpoint_type),
             timeout_s or self._state_timeout_s,
+            reads_only=True,
         )
         return str(saved.snapshot_name)
 
@@ -432,7 +516,29 @@ class ReconnectableClient:
         Raises:
             TrainerLost: see the class.
         """
-        return list(self._run("list_checkpoints", lambda model: model.list_checkpoints(), timeout_s))
+        listed = self._run("list_checkpoints", lambda model: model.list_checkpoints(), timeout_s, reads_only=True)
+        return list(listed)
+
+    def saved_step(self, path: str) -> int | None:
+        """Optimizer steps in a saved state, as the backend lists it; None when it does not tell (fireworks).
+
+        Args:
+            path: "cross_job://<job>/<name>", or a name of the client's own trainer job.
+        """
+        job_id, _, name = path.removeprefix("cross_job://").rpartition("/")
+        if "/" in job_id:  # a path of fireworks
+            return None
+        try:
+            rows = call_with_deadline(lambda: self._manager.list_checkpoints(job_id or self.job_id), _LIST_TIMEOUT_S)
+        except Exception as error:
+            logger.debug("the checkpoints of %s cannot be listed: %s", job_id or self.job_id, type(error).__name__)
+            return None
+        steps = [
+            row.get("step")
+            for row in rows
+            if str(row.get("name")).endswith(f"/{name}") and "INFERENCE" not in str(row.get("checkpointType"))
+        ]
+        return steps[0] if steps and isinstance(steps[0], int) else None
 
     def resolve_checkpoint_path(self, name: str, source_job_id: str | None = None) -> str:
         """The reference under which a state can be loaded, from another trainer job too when that is named. No request.
@@ -460,7 +566,8 @@ class ReconnectableClient:
 
     def _connect(self) -> None:
         session = TrainingSession()
-        self._session, self._lost, self._touched = session, None, False
+        with self._losing:
+            self._session, self._lost, self._interrupted, self._touched = session, None, None, False
         self._num_sessions += 1
 
         def work() -> None:
@@ -486,15 +593,25 @@ class ReconnectableClient:
     ) -> None:
         self._check_session(operation)
         self._touched = True
-        self._submit(operation, submit, timeout_s or self._state_timeout_s)
-        self._needs_restore = False
-        self._step = step
+        with self._changes(operation):
+            self._submit(operation, submit, timeout_s or self._state_timeout_s)
+            self._needs_restore = False
+            self._step = step
 
     def _submit(
-        self, operation: str, submit: Callable[[FiretitanTrainingClient], Answer[T]], timeout_s: float | None
+        self,
+        operation: str,
+        submit: Callable[[FiretitanTrainingClient], Answer[T]],
+        timeout_s: float | None,
+        *,
+        reads_only: bool = False,
     ) -> T:
         """Submit a request and wait for its future."""
-        return self._run(operation, lambda model: self._sent(operation, lambda: submit(model)).result(), timeout_s)
+
+        def work(model: FiretitanTrainingClient) -> T:
+            return self._sent(operation, lambda: submit(model)).result()
+
+        return self._run(operation, work, timeout_s, reads_only=reads_only)
 
     def _sent(self, operation: str, submit: Callable[[], Answer[T]]) -> Answer[T]:
         """Submit a request. What the SDK itself refuses to send has changed nothing."""
@@ -503,41 +620,76 @@ class ReconnectableClient:
         except (NotImplementedError, TypeError, ValueError) as error:
             raise RequestRejected(f"{operation} on trainer {self.job_id} was not sent: {error}.") from None
 
-    def _run(self, operation: str, work: Callable[[FiretitanTrainingClient], T], timeout_s: float | None) -> T:
+    def _run(
+        self,
+        operation: str,
+        work: Callable[[FiretitanTrainingClient], T],
+        timeout_s: float | None,
+        *,
+        reads_only: bool = False,
+    ) -> T:
         model = self._model(operation)
-        return self._wait(operation, lambda: work(model), timeout_s or self._default_timeout_s)
+        return self._wait(operation, lambda: work(model), timeout_s or self._default_timeout_s, reads_only=reads_only)
 
-    def _wait(self, operation: str, call: Callable[[], T], seconds: float) -> T:
+    def _wait(self, operation: str, call: Callable[[], T], seconds: float, *, reads_only: bool = False) -> T:
         """Call with a deadline, and turn what goes wrong into RequestRejected or TrainerLost.
 
         The SDK's errors are not chained: they hold the request, and so the key in its headers.
         """
+        outcome: Future[T] = Future()
+        session = self._session
         try:
-            return call_with_deadline(call, seconds)
+            session.begin(call, outcome)
+            return outcome.result(seconds)
         except (_LossRaised, StepRejected, RequestRejected):
             raise
-        except TimeoutError:
-            failure: Exception = self._loss(f"{operation} was not answered within {seconds:g} s")
         except Exception as error:
-            if isinstance(error, RequestFailedError) and is_user_error(error):
-                failure = self._rejection(operation, error)
-            else:
-                failure = self._loss(f"{operation}: {describe(error)}")
+            failure = self._failure(operation, error, session, seconds)
         except BaseException:  # Ctrl-C, or a time-out that an orchestrator raises in this thread
-            self._loss(f"{operation} was interrupted")
+            self._interrupted = _Interrupted(operation, outcome, reads_only)
             raise
         raise failure
+
+    def _saved(self, operation: str, session: TrainingSession, outcome: Future[str], timeout_s: float | None) -> str:
+        """Wait for a save, in any thread. Interrupted, it can be waited for again."""
+        seconds = timeout_s or self._state_timeout_s
+        try:
+            return outcome.result(seconds)
+        except Exception as error:
+            failure = self._failure(operation, error, session, seconds)
+        raise failure
+
+    def _failure(
+        self, operation: str, error: Exception, session: TrainingSession, seconds: float
+    ) -> RequestRejected | TrainerLost:
+        """What went wrong with a call in a session, in our words; the session is lost unless it was refused."""
+        if isinstance(error, CancelledError):
+            return TrainerLost(
+                f"{operation} on trainer {self.job_id} was not waited for, its session was given up: "
+                f"{self._lost or 'reconnected'}. {_REMEDY}"
+            )
+        if isinstance(error, RequestFailedError) and is_user_error(error):
+            return self._rejection(operation, error)
+        late = f"{operation} was not answered within {seconds:g} s"
+        return self._loss(late if isinstance(error, TimeoutError) else f"{operation}: {describe(error)}", session)
 
     def _rejection(self, operation: str, error: RequestFailedError) -> RequestRejected:
         return RequestRejected(
             f"{operation} was refused by trainer {self.job_id} (request {error.request_id}): {message_of(error)}"
         )
 
-    def _loss(self, reason: str) -> TrainerLost:
-        """Give the session up: no further call goes out until `reconnect()`."""
-        self._lost = reason.replace(self._manager.api_key, "[key]")
-        self._session.drop()
-        return TrainerLost(f"trainer {self.job_id} is lost: {self._lost}. {_REMEDY}")
+    def _loss(self, reason: str, session: TrainingSession | None = None) -> TrainerLost:
+        """Give a session up, the present one if none is named: no further call goes out in it. The first reason stays.
+
+        The session may be an earlier one, whose save failed in another thread: then the present one is left alone.
+        """
+        reason = reason.replace(self._manager.api_key, "[key]")
+        with self._losing:
+            lost = session or self._session
+            if lost is self._session and self._lost is None:
+                self._lost = reason
+        lost.drop()
+        return TrainerLost(f"trainer {self.job_id} is lost: {reason}. {_REMEDY}")
 
     def _lose_unless_one_request(self, data: Sequence[Datum]) -> None:
         """After a refusal: other requests of the same call may have left their gradients."""
@@ -550,6 +702,7 @@ class ReconnectableClient:
         return self._session.training
 
     def _check_session(self, operation: str) -> None:
+        self.settle(0.0)
         if self._lost is not None:
             raise TrainerLost(f"{operation} was not sent: trainer {self.job_id} is lost: {self._lost}. {_REMEDY}")
 
@@ -557,6 +710,24 @@ class ReconnectableClient:
         self._check_restored(operation)
         if not data:
             raise RequestRejected(f"{operation} on trainer {self.job_id} was not sent: there are no datums.")
+
+    @contextmanager
+    def _changes(self, operation: str) -> Iterator[None]:
+        """The weights change in this block, and `step` with them."""
+        self._changing = operation
+        try:
+            yield
+        finally:
+            self._changing = None
+
+    def _check_saved(self, operation: str) -> None:
+        """Before the weights are saved."""
+        self._check_restored(operation)
+        if self._changing is not None:
+            raise RequestRejected(
+                f"{operation} was not sent: {self._changing} is under way on trainer {self.job_id}, so which weights "
+                "it would hold is not known. Save before or after it."
+            )
 
     def _check_restored(self, operation: str) -> None:
         self._check_session(operation)

@@ -13,12 +13,12 @@ import httpx
 import orjson
 
 from cookbook.errors import CookbookError, DeploymentLost, RequestRejected, SamplingError
+from cookbook.recovery import DEPLOYMENT_LOST_STATUSES
 
 __all__ = ["Answer", "LineBuffer", "Refusal", "SamplingOptions", "read_refusal"]
 
 _DATA = b"data:"
 _DONE = b"[DONE]"
-_GONE_STATUS = (404, 410, 425, 502, 503, 504)
 
 
 @dataclass(frozen=True)
@@ -151,5 +151,5 @@ def read_refusal(status: int, body: bytes) -> Refusal:
         is_deployments_own = "type" in error  # the control plane's errors have none: it has no worker to ask
     except (orjson.JSONDecodeError, KeyError, TypeError, AttributeError):
         message, param, is_deployments_own = body[:500].decode(errors="replace") or f"HTTP {status}", None, True
-    is_gone = status in _GONE_STATUS or (not is_deployments_own and status not in (401, 403, 413, 429))
+    is_gone = status in DEPLOYMENT_LOST_STATUSES or (not is_deployments_own and status not in (401, 403, 413, 429))
     return Refusal(status, message, param if isinstance(param, str) else None, is_gone)

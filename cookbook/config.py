@@ -19,6 +19,7 @@ from urllib.parse import urlsplit
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from cookbook.errors import ConfigError, Problem
+from cookbook.mirror_url import refuse_credentials
 
 __all__ = [
     "ADVANTAGES",
@@ -298,7 +299,7 @@ class StorageConfig(Config):
     keep_every: int | None = Field(
         None, ge=1, description="Keep also every checkpoint whose step is a multiple of this. None = none besides."
     )
-    mirror_url: str | None = Field(
+    mirror_url: Annotated[str | None, AfterValidator(refuse_credentials)] = Field(
         None,
         min_length=1,
         description="Folder as an fsspec URL (s3://bucket/runs/a, gs://..., file:///...) that the run directory is copied to after each commit. Credentials come from the environment. None = no copy.",

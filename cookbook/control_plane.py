@@ -5,8 +5,9 @@ Every call has a deadline. Which trainers a run has is decided in cookbook/provi
 
 from __future__ import annotations
 
+import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeAlias, TypeVar
@@ -18,8 +19,9 @@ from cookbook import embedded
 from cookbook.config import Environment, bypass_proxies
 from cookbook.deadlines import Deadline, call_with_deadline
 from cookbook.errors import ConfigError, Problem, ProvisioningError
+from cookbook.recovery import CONTROL_PLANE_STATUSES, REFUSED_STATUSES
 
-__all__ = ["CALL_TIMEOUT_S", "ControlPlane", "Deployment", "Job", "connect", "problem_of"]
+__all__ = ["CALL_TIMEOUT_S", "ControlPlane", "Deployment", "Job", "connect", "insist", "is_refused", "problem_of"]
 
 T = TypeVar("T")
 Job: TypeAlias = dict[str, Any]
@@ -29,12 +31,12 @@ Deployment: TypeAlias = dict[str, Any]
 
 CALL_TIMEOUT_S = 60.0
 
-_RETRIED_STATUS = (408, 429, 500, 502, 503, 504)
-_REFUSALS = (400, 404, 409, 410)
+_LIVE = ("JOB_STATE_PENDING", "JOB_STATE_CREATING", "JOB_STATE_RUNNING", "JOB_STATE_IDLE")
 _FIRST_PAUSE_S = 0.2
 _LONGEST_PAUSE_S = 5.0
 _HEALTH_TIMEOUT_S = 5.0
 _PROBE_TIMEOUT_S = 10.0
+_STATUS = re.compile(r"\bHTTP (\d{3})\b")  # as `_refusal` writes it
 _ANSWER_TIMEOUT_S = 600.0  # what a run gives a sampling request, too
 
 
@@ -113,12 +115,26 @@ class ControlPlane:
         return self._list("rlorTrainerJobs", timeout_s)
 
     def resume(self, job_id: str, timeout_s: float = CALL_TIMEOUT_S) -> Job | None:
-        """Start a stopped trainer job again. None when the backend refuses: the job is gone, or cannot be resumed."""
-        return self._post_to_job(job_id, "resume", timeout_s, refusals=_REFUSALS)
+        """Start a stopped trainer job again. None when the backend refuses: the job is gone, or cannot be resumed.
+
+        One that runs is resumed: where an answer was lost, the backend refuses to do it a second time.
+        """
+        resumed = self._post_to_job(job_id, "resume", timeout_s, refusals=REFUSED_STATUSES)
+        if resumed is None and (job := self.job(job_id, timeout_s)) is not None and job["state"] in _LIVE:
+            return job
+        return resumed
 
     def cancel(self, job_id: str, timeout_s: float = CALL_TIMEOUT_S) -> None:
-        """Stop a trainer job, so that it can be resumed. Nothing happens when there is none."""
-        self._post_to_job(job_id, "cancel", timeout_s, refusals=(404,))
+        """Stop a trainer job, so that it can be resumed. Nothing happens when there is none, or it has stopped.
+
+        Raises:
+            ProvisioningError: the backend refuses, and the job goes on.
+        """
+        if self._post_to_job(job_id, "cancel", timeout_s, refusals=REFUSED_STATUSES) is not None:
+            return
+        job = self.job(job_id, timeout_s)
+        if job is not None and job["state"] in _LIVE:
+            raise self._error(f"cancelling trainer {job_id}", f"the backend refuses, and it is {job['state']}")
 
     def delete(self, job_id: str, timeout_s: float = CALL_TIMEOUT_S) -> None:
         """Delete a trainer job; its checkpoints stay. Nothing happens when there is none."""
@@ -212,14 +228,14 @@ class ControlPlane:
         )
 
     def call(self, what: str, function: Callable[[], T], timeout_s: float) -> T:
-        """Call a method of the SDK with a deadline.
+        """Call an idempotent method of the SDK with a deadline, again where the connection broke.
 
         Raises:
             ProvisioningError: it failed or was late; says what was being done. Not chained: the SDK's errors may hold
                 the request, and so the key.
         """
         try:
-            return call_with_deadline(function, timeout_s)
+            return insist(function, Deadline(timeout_s))
         except TimeoutError:
             problem = f"no answer within {timeout_s:.0f} s"
         except Exception as error:
@@ -234,7 +250,7 @@ class ControlPlane:
             "trust_env": self.backend != "embedded",
         }
 
-    def _list(self, collection: str, timeout_s: float, refusals: tuple[int, ...] = ()) -> list[dict[str, Any]]:
+    def _list(self, collection: str, timeout_s: float, refusals: Collection[int] = ()) -> list[dict[str, Any]]:
         deadline = Deadline(timeout_s)
         found: list[dict[str, Any]] = []
         token = ""
@@ -247,7 +263,7 @@ class ControlPlane:
             if not token:
                 return found
 
-    def _post_to_job(self, job_id: str, verb: str, timeout_s: float, refusals: tuple[int, ...]) -> Job | None:
+    def _post_to_job(self, job_id: str, verb: str, timeout_s: float, refusals: Collection[int]) -> Job | None:
         deadline = Deadline(timeout_s)
         path = f"{self._account_path(deadline)}/rlorTrainerJobs/{job_id}:{verb}"
         return self._request("POST", path, deadline, refusals=refusals)
@@ -262,7 +278,7 @@ class ControlPlane:
         deadline: Deadline,
         *,
         params: dict[str, str] | None = None,
-        refusals: tuple[int, ...] = (),
+        refusals: Collection[int] = (),
     ) -> dict[str, Any] | None:
         """Send an idempotent request, again where that may help, until the deadline. None for a status in `refusals`.
 
@@ -282,7 +298,7 @@ class ControlPlane:
                 if answer.status_code in refusals:
                     return None
                 problem = _refusal(answer)
-                if answer.status_code not in _RETRIED_STATUS:
+                if answer.status_code not in CONTROL_PLANE_STATUSES:
                     break
             if deadline.remaining() <= pause:
                 break
@@ -295,11 +311,35 @@ class ControlPlane:
         return ProvisioningError(f"{what} failed{where}: {problem}".replace(self._api_key, "[key]"))
 
 
+def insist(function: Callable[[], T], deadline: Deadline) -> T:
+    """Call an idempotent method of the SDK, again where the connection broke. The SDK itself asks again only where no
+    connection was made, none answered, or the status says so; it does not when an answer is lost on its way.
+
+    Raises:
+        TimeoutError: it is late; also whatever else it raises, in the end.
+    """
+    pause = _FIRST_PAUSE_S
+    while True:
+        try:
+            return call_with_deadline(function, deadline.for_call())
+        except httpx.TransportError:
+            if deadline.remaining() <= pause:
+                raise
+        time.sleep(pause)
+        pause = min(2 * pause, _LONGEST_PAUSE_S)
+
+
 def problem_of(error: BaseException) -> str:
     """An error of the SDK in one text, with the backend's own words where it has some. May hold the key."""
     if isinstance(error, httpx.HTTPStatusError):
         return f"{error.request.method} {error.request.url.path}: {_refusal(error.response)}"
     return f"{error}" or type(error).__name__
+
+
+def is_refused(error: ProvisioningError) -> bool:
+    """Whether the backend has said no, for good, to what was asked."""
+    status = _STATUS.search(str(error))
+    return status is not None and int(status[1]) in REFUSED_STATUSES
 
 
 def _refusal(answer: httpx.Response) -> str:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, InvalidStateError
+from contextlib import suppress
 from typing import TypeVar
 
-__all__ = ["MIN_CALL_S", "Deadline", "call_with_deadline"]
+__all__ = ["MIN_CALL_S", "Deadline", "begin_call", "call_with_deadline"]
 
 MIN_CALL_S = 1.0
 """Least seconds of a control-plane call: a late one is then reported as what was waited for."""
@@ -51,12 +52,22 @@ def call_with_deadline(function: Callable[[], T], seconds: float) -> T:
         TimeoutError: the call is late; also whatever it raises.
     """
     outcome: Future[T] = Future()
+    begin_call(function, outcome)
+    return outcome.result(seconds)
+
+
+def begin_call(function: Callable[[], T], outcome: Future[T]) -> None:
+    """Call `function` in a daemon thread of its own; what it gives or raises goes to `outcome`, unless that was
+    cancelled."""
 
     def run() -> None:
         try:
-            outcome.set_result(function())
+            result = function()
         except BaseException as error:
-            outcome.set_exception(error)
+            with suppress(InvalidStateError):
+                outcome.set_exception(error)
+        else:
+            with suppress(InvalidStateError):
+                outcome.set_result(result)
 
     threading.Thread(target=run, name="cookbook-deadline", daemon=True).start()
-    return outcome.result(seconds)

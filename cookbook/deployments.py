@@ -30,10 +30,10 @@ from cookbook.deployment_request import (
 from cookbook.deployment_state import DELETED, FAILED, is_scaled_to_zero, status_of, wait_until_ready
 from cookbook.errors import ConfigError, Problem, ProvisioningError
 from cookbook.ledger import ResourceLedger, ResourceRecord
-from cookbook.provisioning import TrainerHandle, wire_model
+from cookbook.provisioning import LANDING_PAUSE_S, LANDING_S, TrainerHandle, wire_model
+from cookbook.recovery import CALLER_STATUSES, REFUSED_STATUSES
 
 __all__ = [
-    "LANDING_S",
     "DeploymentHandle",
     "attach_trainer",
     "deploy_model",
@@ -41,13 +41,9 @@ __all__ = [
     "release_deployments",
 ]
 
-LANDING_S = 5.0
-"""How long a release waits for a deployment whose creation was given up: its request may still be on its way."""
-
-_REFUSALS = (400, 401, 403, 404, 422)
+_NOT_MADE = (REFUSED_STATUSES | CALLER_STATUSES) - {409}  # one that is there already
 _FIRST_PAUSE_S = 0.1
 _ATTACH_POLL_S = 2.0
-_LANDING_PAUSE_S = 0.2
 _TRAINER_WAIT_S = 60.0  # for the trainer job to be created by another thread; it need not be ready
 
 logger = logging.getLogger(__name__)
@@ -234,7 +230,7 @@ def release_deployments(
                 left.remove(record)
         if not left or landing.expired:
             return not left
-        time.sleep(_LANDING_PAUSE_S)
+        time.sleep(LANDING_PAUSE_S)
 
 
 def _own(
@@ -321,7 +317,7 @@ def _create(
     try:
         control.call(f"creating deployment {name}", create, deadline.for_call(MIN_CALL_S))
     except ProvisioningError:
-        if any(status in _REFUSALS for status in refusals):
+        if any(status in _NOT_MADE for status in refusals):
             ledger.freed(record)
         raise
 

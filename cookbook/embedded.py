@@ -25,7 +25,19 @@ from pydantic import SecretStr
 
 from cookbook.errors import BackendError
 
-__all__ = ["BackendStatus", "Endpoint", "code_version", "ensure_running", "log_path", "status", "stop", "token_path"]
+__all__ = [
+    "BackendStatus",
+    "Endpoint",
+    "code_version",
+    "ensure_running",
+    "find",
+    "has_workers",
+    "is_up",
+    "log_path",
+    "status",
+    "stop",
+    "token_path",
+]
 
 _PACKAGE = Path(__file__).resolve().parent
 _DISTRIBUTION = "cookbook-flows"
@@ -89,6 +101,39 @@ def status(home: Path) -> BackendStatus | None:
     """How the backend of this home and code version fares, or None when it does not run."""
     running = _running(_Files(home.expanduser().absolute(), code_version()))
     return running[1] if running is not None else None
+
+
+def find(home: Path, *, timeout_s: float) -> Endpoint | None:
+    """The backend of this home and code version if it runs; it is not started.
+
+    Raises:
+        BackendError: it runs, but has not answered within `timeout_s`.
+    """
+    running = _running(_Files(home.expanduser().absolute(), code_version()), timeout_s)
+    return running[0] if running is not None else None
+
+
+def is_up(home: Path, version: str) -> bool:
+    """Whether the backend of this home and of a version of the code lives. Cheap: nobody is asked."""
+    return _is_held(_Files(home.expanduser().absolute(), version).lock)
+
+
+def has_workers(home: Path) -> bool:
+    """Whether a trainer or deployment of this home and code version lives, also without its backend.
+
+    Nobody is asked, and no lock is tried: a backend that is asked every few minutes would never be idle.
+    """
+    root = _Files(home.expanduser().absolute(), code_version()).root
+    return any(_is_alive(record) for kind in ("jobs", "deployments") for record in root.glob(f"{kind}/*/worker.json"))
+
+
+def _is_alive(worker: Path) -> bool:
+    """Whether the process of a worker's record lives; another one may have got its number since."""
+    try:
+        os.kill(int(json.loads(worker.read_bytes())["pid"]), 0)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    return True
 
 
 def stop(home: Path) -> bool:
@@ -241,16 +286,16 @@ def _start_failure(files: _Files, returncode: int) -> BackendError:
     )
 
 
-def _running(files: _Files) -> tuple[Endpoint, BackendStatus] | None:
+def _running(files: _Files, timeout_s: float = _START_TIMEOUT_S) -> tuple[Endpoint, BackendStatus] | None:
     """The backend, if it runs and answers with its version; None when it does not run, or is starting."""
     record = _record_of_live_supervisor(files)
     if record is None:
         return None
     endpoint = Endpoint(record["base_url"], SecretStr(files.token.read_text().strip()))
-    deadline = time.monotonic() + _START_TIMEOUT_S
+    deadline = time.monotonic() + timeout_s
     while True:
         try:
-            answer = _call("GET", endpoint, "/cookbook/v1/status")
+            answer = _call("GET", endpoint, "/cookbook/v1/status", min(timeout_s, _REQUEST_TIMEOUT_S))
             break
         except (OSError, http.client.HTTPException) as error:
             # Its control plane is being restarted, or it ended just now.
@@ -290,7 +335,7 @@ def _record_of_live_supervisor(files: _Files) -> dict[str, Any] | None:
     return dict(record)
 
 
-def _call(method: str, endpoint: Endpoint, path: str) -> dict[str, Any]:
+def _call(method: str, endpoint: Endpoint, path: str, timeout_s: float = _REQUEST_TIMEOUT_S) -> dict[str, Any]:
     """One request to the backend. The standard library's client, because it knows no proxies and no redirects.
 
     Raises:
@@ -298,7 +343,7 @@ def _call(method: str, endpoint: Endpoint, path: str) -> dict[str, Any]:
         OSError, http.client.HTTPException: there is no answer.
     """
     host = endpoint.base_url.removeprefix("http://")
-    connection = http.client.HTTPConnection(host, timeout=_REQUEST_TIMEOUT_S)
+    connection = http.client.HTTPConnection(host, timeout=timeout_s)
     try:
         connection.request(method, path, headers={"X-Api-Key": endpoint.api_key.get_secret_value()})
         answer = connection.getresponse()

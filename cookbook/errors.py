@@ -16,6 +16,7 @@ CookbookError
 |- LogprobMismatch    (RuntimeError)  sampler and trainer disagree about the same weights
 |- CheckpointError    (RuntimeError)  a checkpoint or its record that is missing, damaged or cannot be written
 |- LeaseLost          (RuntimeError)  another process owns the run
+|- CredentialsError   (RuntimeError)  a password or key where it would be stored or logged
 
 Each also inherits the standard error that it refines. All pickle: Prefect stores the exception of a failed task.
 To add one: subclass CookbookError and the standard error, take one message, and say in it what was wrong, the value,
@@ -28,10 +29,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 __all__ = [
+    "DOES_NOT_FIT",
     "BackendError",
     "CheckpointError",
     "ConfigError",
     "CookbookError",
+    "CredentialsError",
     "DataError",
     "DeploymentLost",
     "LeaseLost",
@@ -46,6 +49,10 @@ __all__ = [
     "TrainerLost",
     "WeightSyncError",
 ]
+
+
+DOES_NOT_FIT = "does not fit this model"
+"""What the embedded backend says of a checkpoint that is whole, but of another model: an older one would not fit either."""
 
 
 class CookbookError(Exception):
@@ -131,3 +138,12 @@ class CheckpointError(CookbookError, RuntimeError):
 
 class LeaseLost(CookbookError, RuntimeError):
     """Another live process owns the run; this one must stop."""
+
+    def __init__(self, message: str, *, started_by: str | None = None) -> None:
+        super().__init__(message)
+        self.started_by = started_by
+        """Id of the flow run that the owner works for, where it works for one."""
+
+
+class CredentialsError(CookbookError, RuntimeError):
+    """A password or key where it would be stored or logged. Not a ValueError: Pydantic would show the value with it."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -29,6 +29,8 @@ class ResourceRecord:
     """"intended" (may exist), "confirmed" (was created), "freed" (was deleted)."""
     spec: str
     """Fingerprint of what was asked for; another one needs another resource."""
+    time: str = field(default="", compare=False)
+    """When this was written, UTC, ISO 8601; "" while it is not."""
 
 
 class ResourceLedger:
@@ -72,8 +74,7 @@ class ResourceLedger:
             LeaseLost: it does not; the run's resources are another's. Or they are being freed.
         """
         self._check_open()
-        with self._run.guard():
-            pass
+        self._run.check_lease()
 
     def all(self) -> list[ResourceRecord]:
         """Every resource the run ever asked for, in its latest state."""

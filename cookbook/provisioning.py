@@ -16,7 +16,7 @@ from pathlib import Path
 from fireworks.training.sdk import TrainerJobConfig
 
 from cookbook.config import DPOConfig, RecipeConfig, RLConfig
-from cookbook.control_plane import ControlPlane, Job, connect
+from cookbook.control_plane import CALL_TIMEOUT_S, ControlPlane, Job, connect
 from cookbook.deadlines import MIN_CALL_S, Deadline
 from cookbook.errors import ConfigError, Problem, ProvisioningError
 from cookbook.ledger import ResourceLedger, ResourceRecord
@@ -24,6 +24,8 @@ from cookbook.models.folders import resolve_model
 from cookbook.promotion import PromotedModel, promote
 
 __all__ = [
+    "LANDING_PAUSE_S",
+    "LANDING_S",
     "ControlPlane",
     "PromotedModel",
     "TrainerHandle",
@@ -41,6 +43,10 @@ FAILED = "JOB_STATE_FAILED"
 STOPPED = (FAILED, "JOB_STATE_CANCELLED", "JOB_STATE_PAUSED", "JOB_STATE_COMPLETED", "JOB_STATE_EARLY_STOPPED")
 STOPPING = "JOB_STATE_CANCELLING"
 DELETED = ("JOB_STATE_DELETING", "JOB_STATE_DELETED", "JOB_STATE_ARCHIVED")
+
+LANDING_S = 5.0
+"""How long a release waits for what was asked for and has not come: the request may still be on its way."""
+LANDING_PAUSE_S = 0.2
 
 _GONE: Job = {"state": "JOB_STATE_DELETED", "statusMessage": "there is no such job"}
 _FIRST_PAUSE_S = 0.1
@@ -135,6 +141,7 @@ def provision_trainer(
     if record is None or record.state == "freed":
         record = ledger.intend("trainer", role, 1 if record is None else record.generation + 1, spec)
     before = None
+    ledger.check_lease()  # from here on something is done to a trainer, and only its owner may
     if job is None:
         named = dataclasses.replace(request, requested_job_id=record.resource_id, display_name=record.resource_id)
         control.call(
@@ -190,23 +197,44 @@ def release_reference(control: ControlPlane, ledger: ResourceLedger) -> None:
     ledger.freed(record)
 
 
-def release_trainers(control: ControlPlane, ledger: ResourceLedger, *, delete: bool) -> None:
+def release_trainers(
+    control: ControlPlane,
+    ledger: ResourceLedger,
+    *,
+    delete: bool,
+    timeout_s: float = CALL_TIMEOUT_S,
+    landing_s: float = LANDING_S,
+) -> None:
     """Give the hardware of a run's trainers back: deleted when the run is over, else cancelled, to be resumed. Their
     checkpoints stay. Nothing is done to an adopted one, which is not in the ledger.
+
+    One that was asked for, but never confirmed, may come yet: the request is on its way. Where it does not show within
+    `landing_s`, its record stays "intended", for whoever frees the run's resources next.
+
+    Args:
+        timeout_s: for each of them.
+        landing_s: for all of them together.
 
     Raises:
         LeaseLost: another process owns the run, and may be using the trainers. Nothing was done.
         ProvisioningError: the backend did not do it.
     """
     ledger.check_lease()
-    for record in ledger.all():
-        if record.kind != "trainer" or record.state == "freed":
-            continue
-        if delete:
-            control.delete(record.resource_id)
-            ledger.freed(record)
-        else:
-            control.cancel(record.resource_id)
+    landing = Deadline(landing_s)
+    left = [record for record in ledger.all() if record.kind == "trainer" and record.state != "freed"]
+    while True:
+        for record in tuple(left):
+            if record.state == "intended" and control.job(record.resource_id, timeout_s) is None:
+                continue
+            left.remove(record)
+            if delete:
+                control.delete(record.resource_id, timeout_s)
+                ledger.freed(record)
+            else:
+                control.cancel(record.resource_id, timeout_s)
+        if not left or landing.expired:
+            return
+        time.sleep(LANDING_PAUSE_S)
 
 
 def _request(
@@ -268,6 +296,7 @@ def _discard(
     control: ControlPlane, ledger: ResourceLedger, record: ResourceRecord, job: Job | None, deadline: Deadline
 ) -> ResourceRecord:
     """Free a trainer that will not be used again."""
+    ledger.check_lease()
     logger.info("trainer %s is gone, cannot be resumed, or is not what the config asks for", record.resource_id)
     if job is not None and job["state"] not in DELETED:
         control.delete(record.resource_id, deadline.for_call(MIN_CALL_S))

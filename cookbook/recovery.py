@@ -15,6 +15,7 @@ from cookbook.errors import (
     BackendError,
     CheckpointError,
     ConfigError,
+    CredentialsError,
     DataError,
     DeploymentLost,
     LeaseLost,
@@ -31,8 +32,11 @@ from cookbook.errors import (
 
 __all__ = [
     "ACTIONS",
+    "CALLER_STATUSES",
     "COMPLETION_STATUSES",
     "CONTROL_PLANE_STATUSES",
+    "DEPLOYMENT_LOST_STATUSES",
+    "REFUSED_STATUSES",
     "Action",
     "action_for",
     "is_restored",
@@ -57,6 +61,7 @@ ACTIONS: Mapping[type[Exception], Action] = MappingProxyType(
         BackendError: Action.STOP,
         CheckpointError: Action.RETRY,  # a file system that was busy; what is damaged stays so, and ends the run
         ConfigError: Action.STOP,
+        CredentialsError: Action.STOP,
         DataError: Action.STOP,
         DeploymentLost: Action.RESTORE,
         LeaseLost: Action.STOP,
@@ -78,6 +83,15 @@ CONTROL_PLANE_STATUSES = frozenset({408, 429, 500, 502, 503, 504})
 
 COMPLETION_STATUSES = CONTROL_PLANE_STATUSES | {404, 425}
 """The same of completions: while a snapshot is loaded the deployment answers 425, and a new one 404 (4.4)."""
+
+REFUSED_STATUSES = frozenset({400, 404, 409, 410, 412, 413, 422})
+"""HTTP statuses that say no, for good, to what was asked."""
+
+CALLER_STATUSES = frozenset({401, 403})
+"""HTTP statuses that say no to whoever asks: to anything with this key."""
+
+DEPLOYMENT_LOST_STATUSES = frozenset({404, 410, 425, 502, 503, 504})
+"""HTTP statuses of completions that say that the deployment has ended, or is not there yet."""
 
 
 def action_for(error: BaseException) -> Action:

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cookbook.checkpoints import CheckpointKind, CheckpointRow, drop_checkpoints, read_checkpoints
+from cookbook.control_plane import CALL_TIMEOUT_S, is_refused
+from cookbook.deadlines import MIN_CALL_S, Deadline
 from cookbook.errors import CheckpointError, DataError, LeaseLost, ProvisioningError
 from cookbook.files import read_json, write_json
 from cookbook.run import RunDirectory, list_runs
@@ -34,10 +36,12 @@ if TYPE_CHECKING:
     from cookbook.control_plane import ControlPlane
 
 __all__ = [
+    "LiveSaves",
     "PrunePlan",
     "PruneResult",
     "RetentionPolicy",
     "check_prunable",
+    "delete_snapshot",
     "own_run",
     "plan_prune",
     "prune",
@@ -45,8 +49,7 @@ __all__ = [
 
 PRUNING_FILE = "pruning.json"
 
-_REFUSED = re.compile(r"HTTP (?!401|403|408|429)4\d\d")
-"""What the backend says of one snapshot; the others are about the caller, or say to come again."""
+_STEP = re.compile(r"step-(\d+)(-|$)")
 
 logger = logging.getLogger(__name__)
 
@@ -63,6 +66,29 @@ class RetentionPolicy:
     def __post_init__(self) -> None:
         if self.keep_last < 1 or (self.keep_every is not None and self.keep_every < 1):
             raise DataError(f"keep_last and keep_every must be at least 1, got {self.keep_last}, {self.keep_every}.")
+
+
+@dataclass(frozen=True)
+class LiveSaves:
+    """What a run that goes on saves while it is pruned: no row names that yet, and it must stay."""
+
+    newest: str
+    """The row that was just committed. Nothing is deleted before the backend lists its snapshots as whole."""
+    trainer_id: str
+    """The trainer job that saves."""
+    is_sync: Callable[[str], bool]
+    """Whether a sampler snapshot belongs to the weight syncs under way, which see to it themselves."""
+
+    def may_be_needed(self, ref: SnapshotRef, step: int) -> bool:
+        """Whether a snapshot that no row names may be part of a commit or of a weight sync under way.
+
+        Told by the step in its name, and not by time, which clocks may set back: a save under way is of the newest
+        commit's `step`, or of a later one.
+        """
+        if ref.job_id != self.trainer_id:
+            return False
+        found = _STEP.match(ref.name)
+        return found is None or int(found[1]) >= step or self.is_sync(ref.name)
 
 
 @dataclass(frozen=True)
@@ -140,7 +166,14 @@ def own_run(run: StoredRun, home: Path) -> RunDirectory:
 
 
 def plan_prune(
-    control: ControlPlane, log_path: Path, policy: RetentionPolicy, *, home: Path, keep: Collection[str] = ()
+    control: ControlPlane,
+    log_path: Path,
+    policy: RetentionPolicy,
+    *,
+    home: Path,
+    keep: Collection[str] = (),
+    live: LiveSaves | None = None,
+    deadline: Deadline | None = None,
 ) -> PrunePlan:
     """Decide what a prune would delete. Nothing is touched.
 
@@ -152,13 +185,18 @@ def plan_prune(
         log_path: the run directory. Of a live run only its owner may prune.
         home: whose other runs are looked at.
         keep: names of rows and snapshots to keep besides: the one that the run's deployment serves, for one.
+        live: what the run saves meanwhile; None = it has stopped.
+        deadline: for all calls to the backend. None = each has its own.
 
     Raises:
-        CheckpointError: a record, of this run or of another one, is damaged.
+        CheckpointError: a record, of this run or of another one, is damaged; or what a live run has just committed is
+            not whole on the backend.
         ProvisioningError: the backend cannot be asked.
     """
     rows = read_checkpoints(log_path)
-    listed = list_snapshots(control, trainers_of(log_path))
+    listed = list_snapshots(control, trainers_of(log_path), deadline)
+    if live is not None:
+        _check_whole(next((row for row in rows if row.name == live.newest), None), live.newest, listed)
     run = StoredRun.read(log_path)
     others, unplaced = _named_by_others(home, run)
     kept = _kept(rows, policy, listed, others, keep)
@@ -167,7 +205,10 @@ def plan_prune(
     begun = _begun(log_path)
     candidates = {ref for row in dropped for ref in snapshots_of(row)} | set(begun)
     swept = set(own_trainers(log_path)) - adopted_by_others(home, run.run_id)
-    candidates |= {ref for ref in listed if ref.job_id in swept and ref.name not in unplaced}
+    unnamed = {ref for ref in listed if ref.job_id in swept and ref.name not in unplaced}
+    if live is not None:
+        unnamed = {ref for ref in unnamed if not live.may_be_needed(ref, rows[-1].step)}
+    candidates |= unnamed
     unplaced = {name for row in rows if row.name in kept for name in unplaced_names(row)}
     candidates -= named | set(others) | {ref for ref in candidates if ref.name in unplaced}
     return PrunePlan(
@@ -178,8 +219,13 @@ def plan_prune(
     )
 
 
-def prune(control: ControlPlane, run: RunDirectory, plan: PrunePlan) -> PruneResult:
+def prune(
+    control: ControlPlane, run: RunDirectory, plan: PrunePlan, *, deadline: Deadline | None = None
+) -> PruneResult:
     """Do what `plan_prune` decided: the record first, the data after it.
+
+    Args:
+        deadline: for all calls to the backend. None = each has its own.
 
     Raises:
         LeaseLost: the run is not this process's any more.
@@ -194,7 +240,7 @@ def prune(control: ControlPlane, run: RunDirectory, plan: PrunePlan) -> PruneRes
     left: list[tuple[Snapshot, str]] = []
     unlisted = [Snapshot(ref, promotable=False, created="", size_bytes=None) for ref in plan.unfinished]
     for snapshot in [*unlisted, *plan.snapshots]:
-        refusal = _delete(control, snapshot.ref)
+        refusal = delete_snapshot(control, snapshot.ref, deadline)
         if refusal is not None:
             logger.warning("%s was not deleted: %s", snapshot.ref, refusal)
             left.append((snapshot, refusal))
@@ -205,12 +251,17 @@ def prune(control: ControlPlane, run: RunDirectory, plan: PrunePlan) -> PruneRes
     return PruneResult(tuple(row.name for row in plan.rows), deleted, tuple(left))
 
 
-def _delete(control: ControlPlane, ref: SnapshotRef) -> str | None:
-    """Delete a snapshot; the backend's words when it will not."""
+def delete_snapshot(control: ControlPlane, ref: SnapshotRef, deadline: Deadline | None = None) -> str | None:
+    """Delete a snapshot; the backend's words when it will not: it is in use, for one.
+
+    Raises:
+        ProvisioningError: the backend cannot be asked.
+    """
+    timeout_s = CALL_TIMEOUT_S if deadline is None else deadline.for_call(MIN_CALL_S)
     try:
-        control.delete_checkpoint(ref.job_id, ref.name, ref.kind)
+        control.delete_checkpoint(ref.job_id, ref.name, ref.kind, timeout_s)
     except ProvisioningError as error:
-        if not _REFUSED.search(str(error)):
+        if not is_refused(error):
             raise
         return str(error)
     return None
@@ -248,6 +299,15 @@ def _kept(
         elif len(refs) != bool(row.state_path) + bool(row.sampler_path):
             reasons[row.name] = "its row does not say where its snapshots are"
     return reasons
+
+
+def _check_whole(row: CheckpointRow | None, name: str, listed: Mapping[SnapshotRef, Snapshot]) -> None:
+    """That a backend has all of a checkpoint that was just committed."""
+    refs = snapshots_of(row) if row is not None else []
+    lacking = [f"{ref}" for ref in refs if ref not in listed or not listed[ref].is_whole]
+    if lacking or not refs:
+        what = ", ".join(lacking) or "its row does not say where it is"
+        raise CheckpointError(f"checkpoint {name} is not whole on the backend ({what}); the older ones are kept.")
 
 
 def _named_by_others(home: Path, run: StoredRun) -> tuple[dict[SnapshotRef, str], set[str]]:

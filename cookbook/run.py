@@ -27,14 +27,20 @@ from cookbook.summary import RunSummary
 __all__ = [
     "CHECKPOINTS_FILE",
     "EVALUATION_FILE",
+    "JANITOR",
     "RESOURCES_FILE",
     "RUN_FILE",
+    "SUMMARY_FILE",
     "Progress",
     "RunDirectory",
     "RunRecord",
     "fixed_fields",
+    "is_finished",
+    "is_owned",
     "list_runs",
     "numbers_fingerprint",
+    "owner_of",
+    "read_run",
 ]
 
 RUN_FILE = "run.json"
@@ -81,7 +87,11 @@ FREE_FIELDS = (
 PINNED_FIELDS = ("deployment.tokenizer_model", "infra.ref_training_shape_id")
 """Fields below free ones that do change a run's numbers."""
 
+JANITOR = "janitor"
+"""Owner of a lease that is only freeing what an earlier owner left; a run that starts waits for it."""
+
 _LEASE_WAIT_S = 1.0  # `list_runs` holds the lock for a moment to see whether a run is live
+_JANITOR_WAIT_S = 60.0
 _WRITE_LOCK_TIMEOUT_S = 30.0
 
 
@@ -158,7 +168,16 @@ class RunDirectory:
         self._lock: int | None = lock
 
     @classmethod
-    def open(cls, log_path: str | Path, *, recipe: str, config: Mapping[str, Any], home: Path) -> Self:
+    def open(
+        cls,
+        log_path: str | Path,
+        *,
+        recipe: str,
+        config: Mapping[str, Any],
+        home: Path,
+        owner: str = "run",
+        started_by: str | None = None,
+    ) -> Self:
         """Own the run in `log_path`; make it when there is none.
 
         Args:
@@ -167,6 +186,8 @@ class RunDirectory:
             config: the whole config as JSON data. Once the run has a commit, fields that change its numbers may not
                 change any more (`FREE_FIELDS` lists those that may).
             home: COOKBOOK_HOME, whose `runs` folder lists all runs.
+            owner: "run", or JANITOR: gives up at once where a process owns the run, and holds it shortly.
+            started_by: id of the flow run that this process works for, for whoever loses the run to it.
 
         Raises:
             LeaseLost: another process owns the run; names its pid and host, and since when.
@@ -180,13 +201,14 @@ class RunDirectory:
             raise CheckpointError(
                 f"log_path {path} cannot be made: {error.strerror}. Use a folder that can be written."
             ) from error
-        lock = _own(path)
+        process = _this_process(started_by)
+        lock = _own(path, owner, process)
         try:
-            for name in (CHECKPOINTS_FILE, RESOURCES_FILE):
-                cut_torn_line(path / name)
             with file_lock(path / WRITE_LOCK_FILE, _WRITE_LOCK_TIMEOUT_S):
-                record = _next_record(path, recipe, config, home)
+                record = _next_record(path, recipe, config, home, process)
                 write_json(path / RUN_FILE, record)
+                for name in (CHECKPOINTS_FILE, RESOURCES_FILE):  # nobody else can be writing them any more
+                    cut_torn_line(path / name)
             entry = {"run_id": record["run_id"], "recipe": recipe, "path": str(path), "created": record["created"]}
             write_json(home / "runs" / f"{record['run_id']}.json", entry)
             return cls(path, lock, record)
@@ -229,9 +251,20 @@ class RunDirectory:
             if lease["epoch"] != self.epoch:
                 raise LeaseLost(
                     f"run {self.run_id} in {self.path} was taken over by {_owner(lease)}: its lease has epoch "
-                    f"{lease['epoch']}, this process has {self.epoch}. This process must stop; nothing was written."
+                    f"{lease['epoch']}, this process has {self.epoch}. This process stops, and has written nothing "
+                    "since; the run goes on there. To have it here instead, stop that process and start again.",
+                    started_by=lease.get("started_by"),
                 )
             yield
+
+    def check_lease(self) -> None:
+        """Check that the run still is this process's, before something that another owner must not do as well.
+
+        Raises:
+            LeaseLost: as for `guard`.
+        """
+        with self.guard():
+            pass
 
     def pin_data(self, fingerprint: str, *, sha256: str | None = None, num_rows: int | None = None) -> None:
         """Tie the run to its training data: the fingerprint of every rendered row.
@@ -287,14 +320,49 @@ class RunRecord:
 
 def list_runs(home: Path) -> list[RunRecord]:
     """All runs that were started under this home, oldest first."""
-    runs = []
-    for entry in (home / "runs").glob("*.json"):
-        record = read_json(entry)
-        if record is not None:
-            path = Path(record["path"])
-            state = _state_of(path, record["run_id"])
-            runs.append(RunRecord(record["run_id"], record["recipe"], path, record["created"], state))
-    return sorted(runs, key=lambda run: run.created)
+    runs = [read_run(entry) for entry in (home / "runs").glob("*.json")]
+    return sorted((run for run in runs if run is not None), key=lambda run: run.created)
+
+
+def read_run(entry: Path) -> RunRecord | None:
+    """The run of one file of the registry, `<home>/runs/<run id>.json`; None when it has been removed.
+
+    Raises:
+        CheckpointError: the file or the run's own record is damaged.
+    """
+    record = read_json(entry)
+    if record is None:
+        return None
+    path = Path(record["path"])
+    return RunRecord(record["run_id"], record["recipe"], path, record["created"], _state_of(path, record["run_id"]))
+
+
+def is_owned(path: Path) -> bool:
+    """Whether a live process owns the run in a directory.
+
+    Raises:
+        CheckpointError: its lock cannot be opened.
+    """
+    if not (path / LOCK_FILE).exists():
+        return False
+    lock = try_lock(path / LOCK_FILE, shared=True)
+    if lock is not None:
+        os.close(lock)
+    return lock is None
+
+
+def owner_of(path: Path) -> dict[str, Any] | None:
+    """Who owns the run in a directory: pid, host, started, and owner ("run" or JANITOR). None = no live process does.
+
+    Raises:
+        CheckpointError: its lock cannot be opened.
+    """
+    return _lock_holder(path) if is_owned(path) else None
+
+
+def is_finished(path: Path) -> bool:
+    """Whether the run or evaluation in a directory has come to its end."""
+    return any((path / name).exists() for name in (SUMMARY_FILE, EVALUATION_FILE))
 
 
 def _state_of(path: Path, run_id: str) -> str:
@@ -304,21 +372,24 @@ def _state_of(path: Path, run_id: str) -> str:
     if lock is None:
         return "running"
     os.close(lock)
-    return "finished" if any((path / name).exists() for name in (SUMMARY_FILE, EVALUATION_FILE)) else "stopped"
+    return "finished" if is_finished(path) else "stopped"
 
 
-def _own(path: Path) -> int:
+def _own(path: Path, owner: str, process: Mapping[str, Any]) -> int:
     """The lease lock of a run directory, with this process written into it."""
-    deadline = time.monotonic() + _LEASE_WAIT_S
+    started = time.monotonic()
     while (lock := try_lock(path / LOCK_FILE)) is None:
-        if time.monotonic() >= deadline:
+        holder = _lock_holder(path)
+        wait_s = 0.0 if owner == JANITOR else _JANITOR_WAIT_S if holder.get("owner") == JANITOR else _LEASE_WAIT_S
+        if time.monotonic() - started >= wait_s:
             raise LeaseLost(
-                f"{path} is owned by {_owner(_lock_holder(path))}. Wait for it or stop it, or use another log_path."
+                f"{path} is owned by {_owner(holder)}. Wait for it or stop it, or use another log_path.",
+                started_by=holder.get("started_by"),
             )
         time.sleep(0.05)
     try:
         os.ftruncate(lock, 0)
-        os.pwrite(lock, json.dumps(_this_process()).encode(), 0)
+        os.pwrite(lock, json.dumps({**process, "owner": owner}).encode(), 0)
     except OSError as error:
         os.close(lock)
         raise CheckpointError(f"{path / LOCK_FILE} cannot be written: {error.strerror}.") from error
@@ -338,11 +409,13 @@ def _owner(lease: Mapping[str, Any]) -> str:
     return f"process {pid} on {host}, since {started}"
 
 
-def _this_process() -> dict[str, Any]:
-    return {"pid": os.getpid(), "host": socket.gethostname(), "started": _now()}
+def _this_process(started_by: str | None) -> dict[str, Any]:
+    return {"pid": os.getpid(), "host": socket.gethostname(), "started": _now(), "started_by": started_by}
 
 
-def _next_record(path: Path, recipe: str, config: Mapping[str, Any], home: Path) -> dict[str, Any]:
+def _next_record(
+    path: Path, recipe: str, config: Mapping[str, Any], home: Path, process: Mapping[str, Any]
+) -> dict[str, Any]:
     """run.json for the next owner: a new run, or the present one with the next lease epoch."""
     record = read_json(path / RUN_FILE)
     if record is None:
@@ -361,7 +434,7 @@ def _next_record(path: Path, recipe: str, config: Mapping[str, Any], home: Path)
         **record,
         "config": dict(config),
         "config_fingerprint": hashlib.sha256(canonical.encode()).hexdigest(),
-        "lease": {"epoch": record["lease"]["epoch"] + 1, **_this_process()},
+        "lease": {"epoch": record["lease"]["epoch"] + 1, **process},
     }
 
 

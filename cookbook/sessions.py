@@ -8,26 +8,25 @@ from __future__ import annotations
 
 import logging
 import shutil
-import signal
 import tempfile
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
 
 from cookbook.config import DeployConfig
 from cookbook.control_plane import ControlPlane
 from cookbook.deadlines import Deadline
 from cookbook.deployment_request import ServedModel, served_model
-from cookbook.deployments import LANDING_S, DeploymentHandle, deploy_model, release_deployments
+from cookbook.deployments import DeploymentHandle, deploy_model, release_deployments
 from cookbook.errors import CookbookError
 from cookbook.files import read_json
 from cookbook.ledger import ResourceLedger
+from cookbook.provisioning import LANDING_S
 from cookbook.run import RunDirectory, list_runs
+from cookbook.termination import undisturbed
 
-__all__ = ["Session", "ending_on_signals", "open_session", "undisturbed"]
+__all__ = ["Session", "open_session"]
 
 FOLDER = "sessions"
 
@@ -91,25 +90,6 @@ def open_session(kind: str, control: ControlPlane, home: Path) -> Iterator[Sessi
                 _end(control, run, home)
 
 
-@contextmanager
-def ending_on_signals() -> Iterator[None]:
-    """SIGTERM and SIGHUP end the block with SystemExit (128 + number), so that everything it holds is freed.
-
-    A signal that is ignored, as under nohup, stays ignored.
-    """
-
-    def end(number: int, _: FrameType | None) -> None:
-        raise SystemExit(128 + number)
-
-    numbers = [n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) != signal.SIG_IGN]
-    before = {number: signal.signal(number, end) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 def _clean_up(control: ControlPlane, home: Path) -> None:
     """Free what sessions on this backend have left that were killed."""
     for record in list_runs(home):
@@ -144,18 +124,3 @@ def _end(control: ControlPlane, run: RunDirectory, home: Path, *, is_owner_gone:
 
 def _registry_entry(home: Path, run_id: str) -> Path:
     return home / "runs" / f"{run_id}.json"
-
-
-@contextmanager
-def undisturbed() -> Iterator[None]:
-    """Hold off the signals that would break off a clean-up. They are lost, not put off."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    before = {number: signal.signal(number, signal.SIG_IGN) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from cookbook.checkpoints import CheckpointKind, CheckpointRow, last_promotable, read_checkpoints
+from cookbook.deadlines import MIN_CALL_S, Deadline
 from cookbook.errors import DataError
 from cookbook.files import read_json
 from cookbook.ledger import read_resources
@@ -92,6 +93,13 @@ class Snapshot:
     """UTC, RFC 3339; "" when the backend does not say."""
     size_bytes: int | None
     """None when the backend does not say."""
+    has_all_files: bool = True
+    """Every file is there, and as large as when it was saved; a backend that does not say lists only such."""
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether it can be relied on, as far as that is known without reading it."""
+        return self.has_all_files and self.size_bytes != 0
 
 
 def snapshots_of(row: CheckpointRow) -> list[SnapshotRef]:
@@ -146,15 +154,21 @@ def trainers_of(log_path: Path) -> list[str]:
     return list(dict.fromkeys([*own_trainers(log_path), *named]))
 
 
-def list_snapshots(control: ControlPlane, job_ids: Iterable[str]) -> dict[SnapshotRef, Snapshot]:
+def list_snapshots(
+    control: ControlPlane, job_ids: Iterable[str], deadline: Deadline | None = None
+) -> dict[SnapshotRef, Snapshot]:
     """What the backend has of these trainer jobs, oldest first a job. One listing a job.
+
+    Args:
+        deadline: for all of it. None = each listing has its own.
 
     Raises:
         ProvisioningError: the backend cannot be asked.
     """
     found = {}
     for job_id in job_ids:
-        for listed in control.list_checkpoints(job_id):
+        timeout = {} if deadline is None else {"timeout_s": deadline.for_call(MIN_CALL_S)}
+        for listed in control.list_checkpoints(job_id, **timeout):
             snapshot = _snapshot(job_id, listed)
             found[snapshot.ref] = snapshot
     return found
@@ -215,4 +229,5 @@ def _snapshot(job_id: str, listed: Mapping[str, Any]) -> Snapshot:
         promotable=bool(listed.get("promotable")),
         created=str(listed.get("createTime") or ""),
         size_bytes=None if size is None else int(size),
+        has_all_files=bool(listed.get("hasAllFiles", True)),
     )

@@ -1,14 +1,19 @@
-"""One session of the SDK with one model on a trainer, and the SDK's errors in our words. Used by cookbook/client.py."""
+"""One session of the SDK with one model on a trainer, the calls under way in it, and the SDK's errors in our words.
+
+Used by cookbook/client.py.
+"""
 
 from __future__ import annotations
 
 import logging
 import threading
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from fireworks.training.sdk import APIStatusError, FiretitanServiceClient, RequestFailedError
+from fireworks.training.sdk import APIConnectionError, APIStatusError, FiretitanServiceClient, RequestFailedError
 
-from cookbook.deadlines import call_with_deadline
+from cookbook.deadlines import begin_call, call_with_deadline
 
 if TYPE_CHECKING:
     from fireworks.training.sdk import FiretitanTrainingClient, TrainerJobManager
@@ -16,8 +21,11 @@ if TYPE_CHECKING:
 __all__ = ["CLOSE_TIMEOUT_S", "TrainingSession", "describe", "is_user_error", "message_of"]
 
 CLOSE_TIMEOUT_S = 3.0
+_OPEN_ATTEMPTS = 5
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 class TrainingSession:
@@ -27,6 +35,38 @@ class TrainingSession:
         self.training: FiretitanTrainingClient | None = None
         self._service: FiretitanServiceClient | None = None
         self._closed = threading.Event()
+        self._lock = threading.Lock()
+        self._under_way: dict[Future[Any], bool] = {}
+        self._is_dropped = False
+
+    def begin(self, call: Callable[[], T], outcome: Future[T], *, outlives_drop: bool = False) -> None:
+        """Make a call in a thread of its own; its outcome is cancelled when the session ends before it.
+
+        Args:
+            outlives_drop: a save: what it holds was decided when its turn came, so it goes on when the session is
+                dropped, and the session ends after it. `close` ends it too.
+        """
+        with self._lock:
+            self._under_way[outcome] = outlives_drop
+            is_over = self._closed.is_set() or (self._is_dropped and not outlives_drop)
+        outcome.add_done_callback(self._ended)
+        if is_over:
+            outcome.cancel()
+        else:
+            begin_call(call, outcome)
+
+    def _ended(self, outcome: Future[Any]) -> None:
+        with self._lock:
+            was_save = self._under_way.pop(outcome, False)
+            is_last = was_save and not any(self._under_way.values())
+        if is_last and self._is_dropped and not self._closed.is_set():
+            self._close_soon()
+
+    def _cancel(self, *, saves: bool) -> None:
+        with self._lock:
+            calls = [outcome for outcome, outlives_drop in self._under_way.items() if saves or not outlives_drop]
+        for outcome in calls:
+            outcome.cancel()
 
     def open(
         self,
@@ -40,16 +80,32 @@ class TrainingSession:
         base_only: bool = False,
         base_url: str | None = None,
     ) -> None:
-        """Make session and model; blocks for as long as the trainer does."""
+        """Make session and model; blocks for as long as the trainer does.
+
+        Begun anew when a proxy in between spoils it with a 400 without a body (the training API's wire protocol, errors
+        of the data plane). The SDK sends everything else again in that case, but not the requests that open a session.
+        """
         url = base_url or f"{manager.trainer_gateway_url}/training/v1/rlorTrainerJobs/{manager.account_id}/{job_id}"
-        self._service = FiretitanServiceClient(base_url=url, api_key=manager.api_key, user_metadata=user_metadata)
-        if self._closed.is_set():  # given up meanwhile: no heartbeat may keep this session alive
-            self._service.close()
-            return
-        if base_only:
-            self.training = self._service.create_base_training_client(base_model)
-        else:
-            self.training = self._service.create_training_client(base_model=base_model, lora_rank=lora_rank, seed=seed)
+
+        def make() -> FiretitanTrainingClient | None:
+            self._service = FiretitanServiceClient(base_url=url, api_key=manager.api_key, user_metadata=user_metadata)
+            if self._closed.is_set():  # given up meanwhile: no heartbeat may keep this session alive
+                self._service.close()
+                return None
+            if base_only:
+                return self._service.create_base_training_client(base_model)
+            return self._service.create_training_client(base_model=base_model, lora_rank=lora_rank, seed=seed)
+
+        for _ in range(_OPEN_ATTEMPTS - 1):
+            try:
+                self.training = make()
+                return
+            except APIConnectionError as error:
+                if not isinstance(error.__cause__, APIStatusError):
+                    raise
+                if self._service is not None:
+                    self._service.close()
+        self.training = make()
 
     def close(self, *, unload: bool) -> None:
         """End the session within seconds; what takes longer goes on in the background.
@@ -58,6 +114,7 @@ class TrainingSession:
         this process dies, the trainer frees the model once the heartbeats have stayed away.
         """
         self._closed.set()
+        self._cancel(saves=True)
 
         def end() -> None:
             try:
@@ -73,7 +130,15 @@ class TrainingSession:
             logger.debug("closing a training session: %s", type(error).__name__)
 
     def drop(self) -> None:
-        """End the session in the background, without waiting."""
+        """End the session in the background, without waiting; saves that are on their way come to their end before."""
+        with self._lock:
+            was_dropped, self._is_dropped = self._is_dropped, True
+            is_saving = any(self._under_way.values())
+        self._cancel(saves=False)
+        if not is_saving and not was_dropped:
+            self._close_soon()
+
+    def _close_soon(self) -> None:
         threading.Thread(target=self.close, kwargs={"unload": False}, name="cookbook-drop", daemon=True).start()
 
 

@@ -29,6 +29,7 @@ from cookbook.config import (
     environment,
 )
 from cookbook.errors import ConfigError, DataError, ModelError, Problem
+from cookbook.mirror_url import url_problem
 from cookbook.models.folders import HUB_NAME, check_model_folder, find_folder
 from cookbook.rewards.load import spec_problem
 from cookbook.rewards.reasoning import PREFIX, parse_spec
@@ -342,6 +343,7 @@ def check_inputs(config: RecipeConfig, env: Environment) -> list[Problem]:
         problems += _check_reward(config)
         if config.trajectory_dir is not None:
             problems += check_folder("trajectory_dir", config.trajectory_dir)
+    problems += _check_mirror(config)
     return problems + _check_models(config, env.home / "models") + check_wandb(config.wandb, env)
 
 
@@ -391,6 +393,13 @@ def check_folder(where: str, name: str) -> list[Problem]:
     if not os.access(existing, os.W_OK | os.X_OK):
         return [Problem(where, f"{existing} cannot be written, got {name!r}.", "Give another folder.")]
     return []
+
+
+def _check_mirror(config: RecipeConfig) -> list[Problem]:
+    if config.storage.mirror_url is None:
+        return []
+    problem = url_problem(config.storage.mirror_url, Path(config.log_path))
+    return [] if problem is None else [Problem("storage.mirror_url", *problem)]
 
 
 def _check_reward(config: RLConfig) -> list[Problem]:

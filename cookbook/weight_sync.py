@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Self, cast
@@ -17,8 +18,8 @@ from fireworks.training.sdk import WeightSyncer
 
 from cookbook.client import ReconnectableClient
 from cookbook.config import WeightSyncConfig
-from cookbook.control_plane import ControlPlane, problem_of
-from cookbook.deadlines import Deadline, call_with_deadline
+from cookbook.control_plane import ControlPlane, insist, problem_of
+from cookbook.deadlines import Deadline
 from cookbook.deployment_state import DELETED, FAILED
 from cookbook.deployments import DeploymentHandle, attach_trainer
 from cookbook.errors import DeploymentLost, ProvisioningError, RequestRejected, WeightSyncError
@@ -121,6 +122,7 @@ class WeightSync:
         trainer: TrainerHandle,
         client: ReconnectableClient,
         config: WeightSyncConfig,
+        check_owner: Callable[[], None] = lambda: None,
     ) -> None:
         """Nothing is sent yet.
 
@@ -128,6 +130,7 @@ class WeightSync:
             deployment: where the weights go.
             trainer: whose job the snapshots are saved in; the deployment is attached to it before the first load.
             client: its model is saved.
+            check_owner: raises where the deployment is another process's to load into; asked right before each load.
             config: `dcp_timeout` bounds a save; `weight_sync_timeout` the rest of a sync; `first_checkpoint_type`.
         """
         self.deployment = deployment
@@ -136,9 +139,11 @@ class WeightSync:
         self._trainer = trainer
         self._client = client
         self._config = config
+        self._check_owner = check_owner
         self._policy = _PolicyClient(client, float(config.dcp_timeout))
         self._attempts: Counter[str] = Counter()
         self._version = ""
+        self._saved: list[str] = []
         self._needs_whole = False
         self._is_attached = False
         self._num_sessions = client.num_sessions
@@ -148,6 +153,25 @@ class WeightSync:
     def version(self) -> str:
         """The snapshot that the deployment was last proved to serve; "" = the base model, or never asked."""
         return self._version
+
+    @property
+    def job_id(self) -> str:
+        """The trainer job that the snapshots are saved in."""
+        return self._trainer.job_id
+
+    def owns(self, name: str) -> bool:
+        """Whether a snapshot was, or may this moment be, saved here. From any thread."""
+        latest = {f"{base}-{attempt}" for base, attempt in dict(self._attempts).items()}
+        return name in self._saved or name.rpartition("-")[0] in latest
+
+    def needless(self) -> list[str]:
+        """Snapshots saved here that nothing will load any more, oldest first: all but the newest two and the one that
+        the deployment was last proved to serve. From any thread."""
+        return [name for name in self._saved[:-2] if name != self._version]
+
+    def forget(self, name: str) -> None:
+        """A needless snapshot is gone."""
+        self._saved.remove(name)
 
     def __enter__(self) -> Self:
         return self
@@ -174,6 +198,7 @@ class WeightSync:
                 Names state, seconds and snapshot. Doing it again is safe.
             DeploymentLost: the deployment has failed, or was deleted.
             TrainerLost: the trainer's session is gone.
+            whatever `check_owner` raises.
         """
         self._attempts[name] += 1
         attempt = f"{name}-{self._attempts[name]}"
@@ -226,6 +251,7 @@ class WeightSync:
         if error is not None:
             raise error
         assert name is not None, "save_only names a snapshot that was saved"
+        self._saved.append(name)
         return self._policy.save_weights_for_sampler_ext(attempt), seconds
 
     def _load(self, attempt: str, saved: _Saved, deadline: Deadline, first: bool) -> float:
@@ -233,21 +259,20 @@ class WeightSync:
         started = time.monotonic()
         syncer = self._syncer
         syncer.warmup_after_hotload = first
+        self._check_owner()
         try:
             if not self._is_attached:
                 attach_trainer(self._control, self.deployment, self._trainer.job_name, deadline)
                 self._is_attached = True
-            call_with_deadline(
-                lambda: syncer.save_and_hotload(attempt, saved.checkpoint_type), max(1.0, deadline.remaining())
-            )
+            insist(lambda: syncer.save_and_hotload(attempt, saved.checkpoint_type), deadline)
         except TimeoutError:
             problem = f"not done within weight_sync.weight_sync_timeout={deadline.seconds:g} s"
         except Exception as error:
             problem = _short(problem_of(error))
         else:
             return time.monotonic() - started
-        error = self._error(time.monotonic() - started, saved.snapshot_name, f"{problem}{self._words()}")
-        raise DeploymentLost(f"{error}") if self._is_lost() else error
+        failure = self._error(time.monotonic() - started, saved.snapshot_name, f"{problem}{self._words()}")
+        raise DeploymentLost(f"{failure}") if self._is_lost() else failure
 
     def _verify(self, snapshot: str, deadline: Deadline) -> float:
         """Ask until every replica serves the snapshot: the SDK looks at the first one only."""
@@ -303,11 +328,11 @@ class WeightSync:
 
     def _replicas(self, timeout_s: float) -> list[dict[str, Any]]:
         manager = self._manager
-        status = call_with_deadline(
+        status = insist(
             lambda: manager.hotload_check_status(
                 self.deployment.deployment_id, self.deployment.base_model, timeout=max(1, int(timeout_s))
             ),
-            timeout_s,
+            Deadline(timeout_s),
         )
         return list(status.get("replicas") or [])
 

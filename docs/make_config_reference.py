@@ -9,9 +9,10 @@ from pydantic import BaseModel
 
 import cookbook.config as config
 from cookbook.evaluation_config import EvaluationConfig
+from cookbook.janitor_config import JanitorConfig
 
 TARGET = Path(__file__).parent / "config.md"
-RECIPES = [config.SFTConfig, config.RLConfig, config.DPOConfig, config.ORPOConfig, EvaluationConfig]
+RECIPES = [config.SFTConfig, config.RLConfig, config.DPOConfig, config.ORPOConfig, EvaluationConfig, JanitorConfig]
 BLOCKS = [
     config.InfraConfig,
     config.WeightSyncConfig,

@@ -16,7 +16,7 @@ from tasks.promotion import promote
 from tasks.provisioning import provision_dpo
 from tasks.references import fill_references, reference_logprobs, release_reference
 from tasks.restoring import restoring
-from tasks.run import due, run_name
+from tasks.run import due, due_at_start, run_name
 from tasks.weight_sync import start_sync, weight_sync
 
 __all__ = ["dpo"]
@@ -39,7 +39,8 @@ def _train(run: DPORun, config: DPOConfig) -> RunSummary:
     progress = restore(run, data.plan.total_steps)  # the last commit, or zeros on a fresh run
     fill_references(run, progress)  # in the background, ahead of training
     start_sync(run, progress)
-    evaluate_pairs(run, progress)  # held-out pairs before training
+    if due_at_start(config.evaluation.interval, progress):
+        evaluate_pairs(run, progress)  # held-out pairs before training
 
     for batch in data.batches(Position(progress.epoch, progress.position)):
         references = reference_logprobs(run, batch)  # waits in the first epoch, if at all

@@ -15,7 +15,7 @@ from tasks.preflight import preflight_pairs
 from tasks.promotion import promote
 from tasks.provisioning import provision_trainer
 from tasks.restoring import restoring
-from tasks.run import due, run_name
+from tasks.run import due, due_at_start, run_name
 
 __all__ = ["orpo"]
 
@@ -35,7 +35,8 @@ def _train(run: PreferenceRun, config: ORPOConfig) -> RunSummary:
     data = preflight_pairs(run)  # every pair rendered and counted, before anything costs money
     provision_trainer(run)
     progress = restore(run, data.plan.total_steps)  # the last commit, or zeros on a fresh run
-    evaluate_pairs(run, progress)  # held-out pairs before training
+    if due_at_start(config.evaluation.interval, progress):
+        evaluate_pairs(run, progress)  # held-out pairs before training
 
     for batch in data.batches(Position(progress.epoch, progress.position)):
         progress = train_pairs(run, batch, None, progress)

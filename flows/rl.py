@@ -14,7 +14,7 @@ from tasks.promotion import promote
 from tasks.provisioning import provision_rl
 from tasks.restoring import restoring
 from tasks.rl_run import RLRun
-from tasks.run import due, run_name
+from tasks.run import due, due_at_start, run_name
 from tasks.sampling import check_sampler, sample
 from tasks.weight_sync import start_sampler, weight_sync
 
@@ -38,7 +38,8 @@ def _train(run: RLRun, config: RLConfig) -> RunSummary:
     progress = restore(run, data.report.max_steps)  # the last commit, or zeros on a fresh run
     start_sampler(run, progress)  # the sampler serves the trainer's weights
     check_sampler(run, progress)  # and agrees with the trainer about them
-    evaluate_rewards(run, progress)
+    if due_at_start(config.evaluation.interval, progress):
+        evaluate_rewards(run, progress)  # held-out rows before training
 
     while run.rows_left(progress):
         step = sample(run, progress)  # P groups with signal; the others are rejected with a reason

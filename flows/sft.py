@@ -13,7 +13,7 @@ from tasks.preflight import preflight
 from tasks.promotion import promote
 from tasks.provisioning import provision_trainer
 from tasks.restoring import restoring
-from tasks.run import Run, due, run_name
+from tasks.run import Run, due, due_at_start, run_name
 from tasks.training import train
 
 __all__ = ["sft"]
@@ -32,7 +32,8 @@ def _train(run: Run, config: SFTConfig) -> RunSummary:
     data = preflight(run)  # every row rendered and counted, before anything costs money
     provision_trainer(run)
     progress = restore(run, data.plan.total_steps)  # the last commit, or zeros on a fresh run
-    evaluate(run, data, progress)  # held-out rows before training; done already on a resume
+    if due_at_start(config.evaluation.interval, progress):
+        evaluate(run, data, progress)  # held-out rows before training
 
     for batch in data.batches(Position(progress.epoch, progress.position)):
         progress = train(run, batch, progress)  # forward_backward + optim_step

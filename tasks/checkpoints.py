@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from cookbook.checkpoints import CheckpointKind, last_commit, next_checkpoint_name, resolve_resume, save_checkpoint
 from cookbook.client import ReconnectableClient
+from cookbook.deadlines import call_with_deadline
 from cookbook.run import Progress
 from tasks.record import recorded
 from tasks.run import Run
 
-__all__ = ["dcp_save", "restore"]
+__all__ = ["dcp_save", "restore", "save_now"]
 
 
 @recorded(deadline=lambda config: config.weight_sync.dcp_timeout + config.infra.trainer_timeout_s, retried=False)
@@ -71,3 +72,12 @@ def dcp_save(run: Run, progress: Progress, kind: str = "state") -> str:
         guard=run.directory.guard,
     )
     return name
+
+
+def save_now(run: Run, timeout_s: float) -> str | None:
+    """Commit where the run is, unless that is committed; the checkpoint's name, or None where it cannot be."""
+    assert run.progress is not None
+    progress = run.progress
+    if run.client.step != progress.step:
+        return None
+    return call_with_deadline(lambda: dcp_save.body(run, progress), timeout_s)

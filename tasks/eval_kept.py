@@ -61,7 +61,9 @@ class KeptEvaluation:
             "seed": config.seed,
             "reward": config.reward,
         }
-        return AnswerFile(self.directory.path / f"answers-{role}.jsonl", self._measured(role) | asked)
+        return AnswerFile(
+            self.directory.path / f"answers-{role}.jsonl", self._measured(role) | asked, self.directory.guard
+        )
 
     def verdict_file(self) -> VerdictFile:
         """What the judge has said, in earlier starts too. To be closed.
@@ -70,7 +72,7 @@ class KeptEvaluation:
             ConfigError: they are the verdicts of another judge.
         """
         assert self.data.judge is not None
-        return VerdictFile(self.directory.path / "verdicts.jsonl", self.data.judge)
+        return VerdictFile(self.directory.path / "verdicts.jsonl", self.data.judge, self.directory.guard)
 
     def losses(self, role: str) -> list[ReferenceLoss] | None:
         """What the model in `role` makes of the reference answers; None while it was not measured on all of them.

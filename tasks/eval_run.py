@@ -26,7 +26,7 @@ from cookbook.models.provenance import add_evaluation
 from cookbook.rollouts.sampler import RolloutSampler
 from cookbook.run import EVALUATION_FILE, RunDirectory
 from cookbook.served import served_snapshot
-from cookbook.sessions import undisturbed
+from cookbook.termination import undisturbed
 from cookbook.tracking import Start
 from cookbook.tracking.terminal import terminal_progress
 from cookbook.tracking.wandb_sink import WandbSink

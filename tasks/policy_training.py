@@ -35,7 +35,7 @@ def reference_logprobs(run: RLRun, step: CollectedStep) -> ReferenceLogprobs:
     return run.reference.completion_logprobs(step.groups)
 
 
-@recorded(deadline=lambda config: config.step_timeout_s, retried=False)
+@recorded(deadline=lambda config: config.step_timeout_s, retried=False, unbroken=True)
 def train_policy(run: RLRun, step: CollectedStep, reference: ReferenceLogprobs | None, progress: Progress) -> Progress:
     """Forward, backward and AdamW on the groups of `step`; book its rows; return where training goes on.
 

@@ -16,7 +16,7 @@ from tasks.training import adam_params
 __all__ = ["train_pairs"]
 
 
-@recorded(deadline=lambda config: config.step_timeout_s, retried=False)
+@recorded(deadline=lambda config: config.step_timeout_s, retried=False, unbroken=True)
 def train_pairs(
     run: PreferenceRun, batch: PairBatch, references: Sequence[PairReference] | None, progress: Progress
 ) -> Progress:

@@ -10,7 +10,7 @@ from cookbook.data.preflight import PreflightReport
 from cookbook.data.rl import RLData, load_rl_data
 from cookbook.data.rl_preflight import RLPreflightReport
 from cookbook.data.sft import SFTData, load_sft_data
-from cookbook.errors import ConfigError
+from cookbook.errors import ConfigError, Problem
 from cookbook.rollouts.environment import load_environment
 from cookbook.rollouts.filters import load_group_filter
 from cookbook.validation import check_inputs, with_row_problems
@@ -89,6 +89,8 @@ def preflight_pairs(run: PreferenceRun) -> PreferenceData:
 
 def _check(run: Run) -> None:
     problems = check_inputs(run.config, run.env)
+    if not problems and (conflict := run.upkeep.mirror_conflict()) is not None:
+        problems = [Problem("storage.mirror_url", conflict, "")]
     if problems:
         raise ConfigError(with_row_problems(problems, run.config, run.env))
 
@@ -101,5 +103,6 @@ def _accept(
 ) -> None:
     """Pin the data to the run, and publish the report."""
     run.directory.pin_data(fingerprint, sha256=file.fingerprint, num_rows=len(file))
+    run.upkeep.copy()
     run.say(report.to_text())
     show_report(report.to_markdown(), key=f"preflight-{run.directory.run_id}", description="Pre-flight")

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable
 from uuid import UUID
 
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
 
-from tasks.page import has_page
+from tasks.page import has_page, post
 
 __all__ = ["ProgressArtifact"]
-
-logger = logging.getLogger(__name__)
 
 MIN_INTERVAL_S = 10.0
 
@@ -36,11 +33,11 @@ class ProgressArtifact:
         description = f"step {step} of {total_steps}" + (f", {note}" if note else "")
         if not has_page():
             return description
-        try:
-            if self._id is None:
-                self._id = create_progress_artifact(percent, key=self._key, description=description)  # type: ignore[assignment]
-            else:
-                update_progress_artifact(self._id, percent, description=description)
-        except Exception as error:  # a server that is busy or gone must not end training
-            logger.warning("the progress artifact was not updated: %s", error)
+        post(self._key, lambda: self._send(percent, description))
         return description
+
+    def _send(self, percent: float, description: str) -> None:
+        if self._id is None:
+            self._id = create_progress_artifact(percent, key=self._key, description=description)  # type: ignore[assignment]
+        else:
+            update_progress_artifact(self._id, percent, description=description)

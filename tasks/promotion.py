@@ -20,11 +20,13 @@ def promote(run: Run) -> dict[str, str]:
 
     Raises:
         CheckpointError: the run has no promotable checkpoint, or the id is taken by another model.
+        LeaseLost: another process has taken the run over; promoting is its business.
     """
     config = run.config
     row = last_promotable(run.directory.path)
     if row is None or row.source_job_id is None or row.sampler_path is None:
         raise CheckpointError(f"{run.directory.path} has no promotable checkpoint, so nothing to promote.")
+    run.directory.check_lease()
     run.model = promote_checkpoint(
         run.control,
         job_id=row.source_job_id,
@@ -33,6 +35,7 @@ def promote(run: Run) -> dict[str, str]:
         base_model=run.trainer.base_model if run.trainer is not None else config.base_model,
         timeout_s=config.promote_timeout_s,
     )
+    run.directory.check_lease()
     made = provenance_of(run.directory.path, run.model, row, home=run.env.home)
     record_provenance(run.env.home, made)
     return {"model": run.model.name}

@@ -29,6 +29,7 @@ from prefect.utilities.annotations import quote
 
 from cookbook.config import RetryConfig
 from cookbook.recovery import is_retried
+from cookbook.termination import Unbroken
 from tasks.page import has_page
 
 __all__ = ["BACKSTOP_S", "MIN_INTERVAL_S", "Policy", "RecordedTask", "Records", "recorded"]
@@ -125,7 +126,7 @@ class RecordedTask(Generic[R, P, T]):
 
 
 def recorded(
-    *, deadline: Callable[[Any], float], retried: bool, persist: bool = False
+    *, deadline: Callable[[Any], float], retried: bool, persist: bool = False, unbroken: bool = False
 ) -> Callable[[Callable[Concatenate[R, P], T]], RecordedTask[R, P, T]]:
     """Make a task out of a function whose first argument is the run.
 
@@ -133,12 +134,22 @@ def recorded(
         deadline: config -> seconds for one attempt; the body must keep it by itself.
         retried: whether the body is idempotent and retried as the run's RetryConfig says. Never for a training step.
         persist: whether Prefect keeps the (small) result.
+        unbroken: whether the body goes on to its end when the process is told to stop (`Records.unbroken`): for what
+            changes the weights and writes down that it did.
     """
 
     def decorate(body: Callable[Concatenate[R, P], T]) -> RecordedTask[R, P, T]:
-        return RecordedTask(body, deadline, retried, persist)
+        return RecordedTask(_unbroken(body) if unbroken else body, deadline, retried, persist)
 
     return decorate
+
+
+def _unbroken(body: Callable[Concatenate[R, P], T]) -> Callable[Concatenate[R, P], T]:
+    def whole(run: R, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        return run.records.unbroken.call(lambda: body(run, *args, **kwargs))
+
+    functools.update_wrapper(whole, body)
+    return whole
 
 
 def _unsearched(argument: Any) -> Any:
@@ -156,6 +167,8 @@ class Records:
         self._unrecorded: Counter[str] = Counter()
         self.calls: Counter[str] = Counter()
         self.recorded: Counter[str] = Counter()
+        self.unbroken = Unbroken()
+        """Where the bodies run that nothing breaks off."""
 
     def call(self, recorded_task: RecordedTask[R, P, T], run: R, *args: P.args, **kwargs: P.kwargs) -> T:
         """Call the task, with a Prefect record when its last one is old enough."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
@@ -12,8 +13,9 @@ from cookbook.config import Environment, RecipeConfig, environment
 from cookbook.recovery import is_restored
 from cookbook.run import RunDirectory
 from cookbook.summary import RunSummary
-from tasks.page import page_log
+from tasks.page import page_id, page_log
 from tasks.run import Run
+from tasks.termination import freed_at_end, interruptible
 
 __all__ = ["restoring"]
 
@@ -36,30 +38,40 @@ def restoring(
 
     Raises:
         LeaseLost: another process owns the run.
+        Abort: so it is, and that process works for the same flow run.
         ConfigError: the run was started with another config, and has a commit.
         TrainerLost, DeploymentLost, WeightSyncError: lost once too often.
     """
-    restores, commit = 0, last_commit(Path(config.log_path).expanduser())
-    while True:
-        env = environment()
-        contents = config.model_dump(mode="json")
-        with RunDirectory.open(config.log_path, recipe=config.recipe, config=contents, home=env.home) as directory:
-            run = kind(config, directory, env)
-            try:
-                summary = run.finished()
-                return summary if summary is not None else algorithm(run, config)
-            except BaseException as error:
-                reached = last_commit(directory.path)
-                restores = restores + 1 if reached == commit else 1
-                commit = reached
-                if not is_restored(error) or restores > config.retry.restores:
-                    run.fail(error)
-                    raise
-                _announce(error, commit, restores, config)
-                run.give_up()
-            finally:
-                run.disconnect()
-            time.sleep(config.retry.delay(restores))  # owning it still: nobody is to take the run for a dead one
+    with interruptible():
+        restores, commit = 0, last_commit(Path(config.log_path).expanduser())
+        while True:
+            with _opened(config, kind) as run:
+                try:
+                    summary = run.finished()
+                    return summary if summary is not None else algorithm(run, config)
+                except Exception as error:
+                    reached = last_commit(run.directory.path)
+                    restores = restores + 1 if reached == commit else 1
+                    commit = reached
+                    if not is_restored(error) or restores > config.retry.restores:
+                        raise
+                    run.directory.check_lease()  # it may be lost because another process has taken the run over
+                    _announce(error, commit, restores, config)
+                    run.give_up()
+                time.sleep(config.retry.delay(restores))  # owning it still: nobody is to take the run for a dead one
+
+
+@contextmanager
+def _opened(config: C, kind: Callable[[C, RunDirectory, Environment], R]) -> Iterator[R]:
+    """One start of the run, which owns its directory. What it has is freed unless it ends well, or is to go on."""
+    env = environment()
+    contents = config.model_dump(mode="json")
+    with RunDirectory.open(
+        config.log_path, recipe=config.recipe, config=contents, home=env.home, started_by=page_id()
+    ) as directory:
+        run = kind(config, directory, env)
+        with freed_at_end(run):
+            yield run
 
 
 def _announce(error: BaseException, commit: CheckpointRow | None, restores: int, config: RecipeConfig) -> None:

@@ -18,7 +18,7 @@ from cookbook.reference import Reference
 from cookbook.rollouts.collect import RolloutCollector
 from cookbook.rollouts.ledger import RowLedger
 from cookbook.rollouts.sampler import RolloutSampler
-from cookbook.rollouts.store import RolloutStore
+from cookbook.rollouts.store import ROLLOUTS_FOLDER, RolloutStore
 from cookbook.run import Progress, RunDirectory, numbers_fingerprint
 from cookbook.tracking.tracker import METRICS_FILE
 from tasks.page import show_table
@@ -31,7 +31,6 @@ __all__ = ["RLRun"]
 
 logger = logging.getLogger(__name__)
 
-ROLLOUTS_FOLDER = "rollouts"
 ANSWERS_FOLDER = "evaluations"
 MIN_TABLE_INTERVAL_S = 10.0
 """Seconds between two updates of the table of completions."""

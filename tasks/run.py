@@ -17,28 +17,34 @@ from fireworks.training.sdk import TrainingShapeProfile
 from prefect.blocks.system import Secret
 from prefect.runtime import flow_run
 
+from cookbook.backend_watch import BackendWatch
 from cookbook.checkpoints import ResumeInfo, last_commit
 from cookbook.client import ReconnectableClient
 from cookbook.config import Environment, RecipeConfig
+from cookbook.control_plane import CALL_TIMEOUT_S
 from cookbook.deployments import DeploymentHandle, release_deployments
-from cookbook.errors import TrainerLost
+from cookbook.errors import LeaseLost, TrainerLost
 from cookbook.files import read_jsonl
 from cookbook.ledger import ResourceLedger
 from cookbook.provisioning import ControlPlane, PromotedModel, TrainerHandle, connect, release_trainers
 from cookbook.run import Progress, RunDirectory
 from cookbook.summary import RunSummary
+from cookbook.termination import is_interrupt
 from cookbook.tracking import LOSS, GoesOn, Tracker, open_tracker
 from cookbook.tracking.terminal import numbers_text, step_text
 from cookbook.tracking.tracker import METRICS_FILE
+from cookbook.upkeep import Upkeep
 from cookbook.weight_sync import WeightSync
 from tasks.page import SHOWN, page_log, show_report
 from tasks.progress import ProgressArtifact
 from tasks.record import Records
 
-__all__ = ["Run", "api_key", "due", "run_name"]
+__all__ = ["Run", "api_key", "due", "due_at_start", "run_name"]
 
 SECRET_BLOCK = "fireworks-api-key"
 EVALUATION_GROUP = "eval/"
+URGENT_CALL_S = 4.0
+"""Seconds for each call that frees something when the run was told to stop."""
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +55,14 @@ def due(interval: int, progress: Progress) -> bool:
     The end of a run saves and evaluates by itself.
     """
     return interval > 0 and progress.step % interval == 0 and progress.step < progress.total_steps
+
+
+def due_at_start(interval: int, progress: Progress) -> bool:
+    """The same where training begins: before the first step, and where the run ended between a step and what was due.
+
+    A resumed run does nothing here that an undisturbed one would not have done.
+    """
+    return progress.step == 0 or due(interval, progress)
 
 
 def run_name() -> str:
@@ -78,6 +92,7 @@ class Run:
         self.records = Records(config)
         self.tracker: Tracker = open_tracker(config, directory, env)
         self.artifact = ProgressArtifact(directory.run_id)
+        self.upkeep = Upkeep(directory, config.storage, env.home)
         self.trainer: TrainerHandle | None = None
         self.deployment: DeploymentHandle | None = None
         self.sync: WeightSync | None = None
@@ -112,6 +127,8 @@ class Run:
         """The control plane of the run's backend; the embedded one starts on first use."""
         if self._control is None:
             self._control = connect(self.config.backend, self.env, api_key(self.config.backend, self.env))
+            if self.config.backend == "embedded":
+                self.closed_at_end(BackendWatch(self.env.home))
         return self._control
 
     @property
@@ -196,9 +213,14 @@ class Run:
         return summary
 
     def fail(self, error: BaseException) -> None:
-        """Free what the run holds, and record why it ended. Never raises: the error at hand matters more."""
+        """Free what the run holds, and record why it ended. Never raises: the error at hand matters more.
+
+        Told to stop, it takes seconds whatever the backend does: the process is killed if it takes longer.
+        """
         try:
-            self._release(delete=False)
+            self._release(delete=False, timeout_s=URGENT_CALL_S if is_interrupt(error) else CALL_TIMEOUT_S)
+        except LeaseLost:
+            logger.info("nothing is released: what the run has is its new owner's")
         except Exception as problem:
             logger.warning("not everything could be released, it ends by itself when idle: %s", problem)
         with suppress(Exception):
@@ -221,12 +243,14 @@ class Run:
         """Whether the run has talked to its backend in this start."""
         return self._control is not None
 
-    def _release(self, *, delete: bool) -> None:
+    def _release(self, *, delete: bool, timeout_s: float = CALL_TIMEOUT_S) -> None:
         """All that the run ever asked for, also what was not ready yet when the run ended; of deployments its own."""
+        self.ledger.close()  # whatever still provisions in a thread makes nothing after this
         with ExitStack() as steps:  # the last one first; each happens, whatever the others raise
             if self.has_control:
-                steps.callback(release_trainers, self.control, self.ledger, delete=delete)
-                steps.callback(release_deployments, self.control, self.ledger)
+                ledger = ResourceLedger(self.directory)
+                steps.callback(release_trainers, self.control, ledger, delete=delete, timeout_s=timeout_s)
+                steps.callback(release_deployments, self.control, ledger, timeout_s=timeout_s)
             self._close()
 
     def _close(self) -> None:

@@ -89,4 +89,5 @@ def _show(run: RLRun, progress: Progress, step: CollectedStep) -> None:
     number = progress.step + 1
     run.show_rollouts(list(trajectory_rows(number, step.groups, run.tokenizer)))
     if run.config.trajectory_dir is not None:
+        run.directory.check_lease()
         write_trajectories(Path(run.config.trajectory_dir), number, step.groups, run.tokenizer)

@@ -17,7 +17,7 @@ from tasks.run import Run
 __all__ = ["adam_params", "train"]
 
 
-@recorded(deadline=lambda config: config.step_timeout_s, retried=False)
+@recorded(deadline=lambda config: config.step_timeout_s, retried=False, unbroken=True)
 def train(run: Run, batch: Batch, progress: Progress) -> Progress:
     """Forward, backward and AdamW on one batch; log its metrics; return where training goes on.
 

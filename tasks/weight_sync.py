@@ -12,6 +12,7 @@ from cookbook.weight_sync import WeightSync
 from tasks.record import recorded
 from tasks.rl_run import RLRun
 from tasks.run import Run
+from tasks.upkeep import after_sync
 
 __all__ = ["start_sampler", "start_sync", "weight_sync"]
 
@@ -27,7 +28,9 @@ def start_sync(run: Run, progress: Progress) -> None:
         return
     assert run.trainer is not None, "provisioning comes first"
     config = run.config
-    run.sync = run.closed_at_end(WeightSync(run.control, run.deployment, run.trainer, run.client, config.weight_sync))
+    run.sync = run.closed_at_end(
+        WeightSync(run.control, run.deployment, run.trainer, run.client, config.weight_sync, run.directory.check_lease)
+    )
     has_other_weights = progress.step > 0 and config.weight_sync.weight_sync_interval > 0
     is_wanted = config.weight_sync.weight_sync_before_training or config.init_from_checkpoint is not None
     if run.sync.serving() != "" or has_other_weights or is_wanted:
@@ -74,10 +77,12 @@ def weight_sync(run: Run, progress: Progress) -> str:
     Raises:
         WeightSyncError: one of the states failed or took longer than its deadline. A retry saves under the next name.
         TrainerLost: the trainer's session is gone.
+        LeaseLost: another process has taken the run over, and the deployment with it.
     """
     if run.sync is None:
         raise WeightSyncError("there is no deployment to sync to yet: start_sync comes first.")
     result = run.sync.sync(f"step-{progress.step}", first=run.synced_step is None)
     run.synced_step = progress.step
+    after_sync(run)
     run.note({"sync/save_s": result.save_s, "sync/load_s": result.load_s, "sync/verify_s": result.verify_s})
     return result.version

@@ -1,57 +1,149 @@
-"""A proxy before a backend that spoils requests: seeded, on chosen paths, and counted. One thread, one event loop."""
+"""A proxy before a backend that spoils requests: seeded, by a table of endpoints, and counted. One thread, one loop.
+
+Which faults are legal where: tests/faults/proxy_table.py.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import hashlib
+import json
 import random
+import re
 import socket
 import struct
 import threading
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Self
+from dataclasses import dataclass
+from typing import Any, Self
 from urllib.parse import urlsplit
 
-__all__ = ["FAULTS", "FaultyProxy"]
+__all__ = ["FAULTS", "Endpoint", "FaultyProxy", "Legal"]
 
-FAULTS = ("425", "429", "503", "reset", "lost", "cut", "hang")
-"""Statuses come from the proxy. reset: the connection ends before the backend hears of the request. lost: it ends after
-the backend has answered, before the answer. cut: it ends in the middle of the answer. hang: no answer for `hang_s`."""
+_REASONS = {
+    "400": "Bad Request",
+    "404": "Not Found",
+    "408": "Request Timeout",
+    "409": "Conflict",
+    "425": "Too Early",
+    "429": "Too Many Requests",
+    "500": "Internal Server Error",
+    "502": "Bad Gateway",
+    "503": "Service Unavailable",
+    "504": "Gateway Timeout",
+}
 
-_REASONS = {"425": "Too Early", "429": "Too Many Requests", "503": "Service Unavailable"}
+FAULTS: Mapping[str, str] = {
+    **{status: f"status {status}; the backend does not hear of the request" for status in _REASONS},
+    "400-empty": "status 400 without a body, as a load balancer in between gives it",
+    "504-done": "status 504 after the backend has done what was asked",
+    "reset": "the connection ends before the backend hears of the request",
+    "lost": "the connection ends after the backend has done what was asked, before the answer",
+    "cut": "the connection ends in the middle of the answer",
+    "hang": "no answer for `hang_s`; then the connection ends",
+    "slow": "the answer comes `slow_s` late",
+    "twice": "the backend gets the request twice, as from a client that has sent it again",
+    "try-again": "a future that is not ready yet",
+    "408-try-again": "the same, with status 408",
+    "metadata": "a future's size instead of its result, which is to be asked for again",
+    "stream-empty": "a stream of completions that ends cleanly before anything was said",
+    "stream-error": "a stream of completions that says the upstream is overloaded",
+    "unfinished": "an operation that goes on after the backend has in truth finished it",
+}
+"""Name -> what happens."""
+
+
+@dataclass(frozen=True)
+class Legal:
+    """A fault that an endpoint may show."""
+
+    fault: str
+    section: str = ""
+    """Of the training API's wire protocol, that says so."""
+    weight: int = 1
+    """How often it comes, relative to the endpoint's others."""
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """What is asked for with one method on paths of one form, and how it may fail."""
+
+    name: str
+    method: str
+    """"" = any."""
+    path: str
+    """Regular expression of the whole path, without the query."""
+    legal: tuple[Legal, ...]
+    rate: float
+    """Share of the requests that meet a fault."""
+    in_a_row: int | None = None
+    """At most so many faults for one logical request before it is answered; None = no bound."""
+    key: str | None = None
+    """What the attempts of one logical request share: None = path and body; "" = the endpoint; else a body's field."""
+
+    def __post_init__(self) -> None:
+        unknown = {legal.fault for legal in self.legal} - set(FAULTS)
+        assert not unknown, f"unknown faults {unknown}"
+
+    def matches(self, method: str, path: str) -> bool:
+        return self.method in ("", method) and re.fullmatch(self.path, path) is not None
+
+
+@dataclass(frozen=True)
+class _Request:
+    head: bytes
+    body: bytes
+    method: str
+    path: str
+    """With the query."""
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """The JSON object in the body."""
+        try:
+            return dict(json.loads(self.body))
+        except (ValueError, TypeError):
+            return {}
+
+    def logical(self, endpoint: Endpoint) -> tuple[str, str]:
+        """The same for all attempts of one logical request."""
+        if endpoint.key is None:
+            which = self.path + hashlib.sha256(self.body).hexdigest()
+        else:
+            which = str(self.fields.get(endpoint.key, "")) if endpoint.key else ""
+        return endpoint.name, which
+
+
+_COMMON = ("425", "429", "503", "reset", "lost", "cut")
 
 
 class FaultyProxy:
-    """Passes HTTP/1.1 requests on to `target`; one in 1/rate of those with one of `paths` in it meets a fault.
+    """Passes HTTP/1.1 requests on to `target`; those of the table's endpoints may meet a fault.
 
-    `counts` has a number for each fault that happened, and "passed". The same seed gives the same sequence of faults,
-    in the order in which requests come in. `rate` and `faults` may change at any time.
+    `met` counts (endpoint, fault) as they happen, `passed` what was passed on unspoiled, by endpoint. The faults of an
+    endpoint are dealt from a shuffled deck, so that each of them comes up; the same seed gives each endpoint the same
+    sequence, in the order in which its requests come in.
 
-    >>> with FaultyProxy(backend.base_url, rate=0.1, paths=["/completions"]) as proxy:  # doctest: +SKIP
-    ...     sample(proxy.url)
-    >>> proxy.counts["reset"]  # doctest: +SKIP
+    >>> with FaultyProxy(backend.base_url, LEGAL_FAULTS, seed=1) as proxy:  # doctest: +SKIP
+    ...     train(proxy.url)
+    >>> proxy.met["optim_step", "lost"]  # doctest: +SKIP
     3
     """
 
     def __init__(
-        self,
-        target: str,
-        *,
-        rate: float = 0.1,
-        paths: Sequence[str] = ("",),
-        faults: Sequence[str] = ("425", "429", "503", "reset", "lost", "cut"),
-        seed: int = 0,
-        hang_s: float = 3600.0,
+        self, target: str, table: Sequence[Endpoint], *, seed: int = 0, hang_s: float = 2.0, slow_s: float = 0.5
     ) -> None:
-        unknown = set(faults) - set(FAULTS)
-        assert not unknown, f"unknown faults {unknown}"
-        self.rate = rate
-        self.faults = tuple(faults)
-        self.counts: Counter[str] = Counter()
+        self.met: Counter[tuple[str, str]] = Counter()
+        self.passed: Counter[str] = Counter()
         self._host, self._port = urlsplit(target).hostname or "", urlsplit(target).port or 80
-        self._paths = tuple(paths)
-        self._random = random.Random(seed)
-        self._hang_s = hang_s
+        self._table = tuple(table)
+        self._seed = seed
+        self._hang_s, self._slow_s = hang_s, slow_s
+        self._randoms: dict[str, random.Random] = {}
+        self._decks: dict[str, list[str]] = {}
+        self._in_a_row: Counter[tuple[str, str]] = Counter()
+        self._unfinished: Counter[str] = Counter()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._thread.start()
@@ -59,14 +151,30 @@ class FaultyProxy:
             asyncio.start_server(self._handle, "127.0.0.1", 0), self._loop
         ).result()
 
+    @classmethod
+    def everywhere(
+        cls, target: str, *faults: str, rate: float, path: str = ".*", in_a_row: int | None = None, **options: Any
+    ) -> Self:
+        """The same faults on all requests of these paths; by default what any server shows."""
+        legal = tuple(Legal(fault) for fault in faults or _COMMON)
+        return cls(target, [Endpoint("any", "", path, legal, rate, in_a_row)], **options)
+
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
 
     @property
+    def counts(self) -> Counter[str]:
+        """Fault -> how often it happened, over all endpoints."""
+        found: Counter[str] = Counter()
+        for (_, fault), count in self.met.items():
+            found[fault] += count
+        return found
+
+    @property
     def num_faults(self) -> int:
         """Requests that met one."""
-        return sum(self.counts.values()) - self.counts["passed"]
+        return sum(self.met.values())
 
     def close(self) -> None:
         if not self._loop.is_closed():
@@ -89,12 +197,37 @@ class FaultyProxy:
         await asyncio.gather(*handlers, return_exceptions=True)
         await self._server.wait_closed()
 
-    def _fault(self, path: str) -> str | None:
-        """What becomes of the next request; None = it passes."""
-        if not any(part in path for part in self._paths):
+    # -- which fault ---------------------------------------------------------------------------------------------------
+
+    def _endpoint(self, request: _Request) -> Endpoint | None:
+        path = urlsplit(request.path).path
+        return next((endpoint for endpoint in self._table if endpoint.matches(request.method, path)), None)
+
+    def _draw(self, endpoint: Endpoint, request: _Request) -> str | None:
+        """What becomes of a request; None = it passes."""
+        chance = self._randoms.setdefault(endpoint.name, random.Random(f"{self._seed} {endpoint.name}"))
+        drawn = chance.random()
+        which = request.logical(endpoint)
+        is_enough = endpoint.in_a_row is not None and self._in_a_row[which] >= endpoint.in_a_row
+        if drawn >= endpoint.rate or is_enough or not endpoint.legal:
             return None
-        drawn, kind = self._random.random(), self._random.choice(self.faults) if self.faults else ""
-        return kind if drawn < self.rate and kind else None
+        deck = self._decks.setdefault(endpoint.name, [])
+        if not deck:
+            deck += [legal.fault for legal in endpoint.legal for _ in range(legal.weight)]
+            chance.shuffle(deck)
+        return deck.pop()
+
+    def _count(self, endpoint: Endpoint | None, request: _Request, fault: str | None) -> None:
+        if endpoint is None:
+            self.passed["unknown"] += 1
+        elif fault is None:
+            self.passed[endpoint.name] += 1
+            self._in_a_row.pop(request.logical(endpoint), None)
+        else:
+            self.met[endpoint.name, fault] += 1
+            self._in_a_row[request.logical(endpoint)] += 1
+
+    # -- requests ------------------------------------------------------------------------------------------------------
 
     async def _handle(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
@@ -108,36 +241,70 @@ class FaultyProxy:
     async def _one_request(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
         """Whether another may follow on this connection."""
         head = await reader.readuntil(b"\r\n\r\n")
-        headers = _headers(head)
-        body = await reader.readexactly(int(headers.get("content-length", "0")))
-        fault = self._fault(head.split(b" ", 2)[1].decode())
-        self.counts[fault or "passed"] += 1
-        if fault in _REASONS:
-            writer.write(_answer(fault))
+        body = await reader.readexactly(int(_headers(head).get("content-length", "0")))
+        method, path = head.split(b" ", 2)[:2]
+        request = _Request(head, body, method.decode(), path.decode())
+        endpoint = self._endpoint(request)
+        fault = self._draw(endpoint, request) if endpoint is not None else None
+        if fault == "metadata" and not request.fields.get("allow_metadata_only"):
+            fault = "try-again"  # a size may be told once
+        self._count(endpoint, request, fault)
+        made = _made(fault, request)
+        if made is not None:
+            writer.write(made)
             await writer.drain()
             return True
         if fault == "reset":
             _reset(writer)
         elif fault == "hang":
             await _first(asyncio.sleep(self._hang_s), reader.read(1))
+            _reset(writer)
         else:
-            await _first(self._pass_on(head, body, writer, fault), reader.read(1))
+            await _first(self._pass_on(request, writer, fault), reader.read(1))
         return False
 
-    async def _pass_on(self, head: bytes, body: bytes, writer: asyncio.StreamWriter, fault: str | None) -> None:
+    async def _pass_on(self, request: _Request, writer: asyncio.StreamWriter, fault: str | None) -> None:
+        if fault is None:
+            await self._stream(request, writer)
+            return
+        if fault == "twice":
+            await self._ask(request)
+        answer = await self._ask(request)
+        if fault == "slow":
+            await asyncio.sleep(self._slow_s)
+        if fault == "cut":
+            writer.write(answer[: len(answer) // 2])
+            await writer.drain()
+        elif fault == "504-done":
+            writer.write(_status("504", _PAGE))
+        elif fault == "metadata":
+            writer.write(_sized(answer))
+        elif fault == "unfinished":
+            writer.write(_unfinished(answer))
+        elif fault != "lost":
+            writer.write(answer)
+        if fault in ("cut", "lost"):
+            _reset(writer)
+        else:
+            await writer.drain()
+
+    async def _stream(self, request: _Request, writer: asyncio.StreamWriter) -> None:
+        """The answer as it comes."""
         upstream_reader, upstream = await asyncio.open_connection(self._host, self._port)
         try:
-            upstream.write(_closing(head) + body)
-            if fault is None:
-                while piece := await upstream_reader.read(65536):
-                    writer.write(piece)
-                    await writer.drain()
-                return
-            answer = await upstream_reader.read(-1)
-            if fault == "cut":
-                writer.write(answer[: len(answer) // 2])
+            upstream.write(_closing(request))
+            while piece := await upstream_reader.read(65536):
+                writer.write(piece)
                 await writer.drain()
-            _reset(writer)
+        finally:
+            upstream.close()
+
+    async def _ask(self, request: _Request) -> bytes:
+        """The whole answer."""
+        upstream_reader, upstream = await asyncio.open_connection(self._host, self._port)
+        try:
+            upstream.write(_closing(request))
+            return await upstream_reader.read(-1)
         finally:
             upstream.close()
 
@@ -147,19 +314,65 @@ def _headers(head: bytes) -> Mapping[str, str]:
     return {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines if line)}
 
 
-def _closing(head: bytes) -> bytes:
-    """The head of a request, but its connection ends with the answer."""
-    lines = [line for line in head[:-4].split(b"\r\n") if not line.lower().startswith(b"connection:")]
-    return b"\r\n".join([*lines, b"connection: close"]) + b"\r\n\r\n"
+def _closing(request: _Request) -> bytes:
+    """A request whose connection ends with the answer."""
+    lines = [line for line in request.head[:-4].split(b"\r\n") if not line.lower().startswith(b"connection:")]
+    return b"\r\n".join([*lines, b"connection: close"]) + b"\r\n\r\n" + request.body
 
 
-def _answer(status: str) -> bytes:
-    content = b'{"error": {"message": "made by the faulty proxy"}}'
-    head = (
-        f"HTTP/1.1 {status} {_REASONS[status]}\r\ncontent-type: application/json\r\ncontent-length: {len(content)}\r\n"
-    )
-    retry_after = "retry-after: 0\r\n" if status == "429" else ""
-    return f"{head}{retry_after}\r\n".encode() + content
+# -- answers -----------------------------------------------------------------------------------------------------------
+
+_MESSAGE = b'{"error": {"message": "made by the faulty proxy"}}'
+_PAGE = b"<html><body>made by the faulty proxy</body></html>"
+_OVERLOADED = b'data: {"error": {"message": "upstream is overloaded", "status_code": 503}}\n\ndata: [DONE]\n\n'
+
+
+def _made(fault: str | None, request: _Request) -> bytes | None:
+    """The answer of a fault that needs no backend."""
+    waiting = {"type": "try_again", "request_id": request.fields.get("request_id"), "queue_state": "active"}
+    if fault in ("try-again", "408-try-again"):
+        return _status("200" if fault == "try-again" else "408", json.dumps(waiting).encode())
+    if fault == "400-empty":
+        return _status("400", b"")
+    if fault == "stream-empty":
+        return _status("200", b": nothing yet\n\n", "text/event-stream")
+    if fault == "stream-error":
+        return _status("200", _OVERLOADED, "text/event-stream")
+    if fault in _REASONS:
+        return _status(fault, _PAGE if fault in ("502", "504") else _MESSAGE)
+    return None
+
+
+def _status(status: str, content: bytes, kind: str | None = None) -> bytes:
+    """An answer; the pauses that it asks for are as short as they can be."""
+    kind = kind or ("text/html" if content == _PAGE else "application/json")
+    lines = [
+        f"HTTP/1.1 {status} {_REASONS.get(status, 'OK')}",
+        f"content-type: {kind}",
+        f"content-length: {len(content)}",
+    ]
+    if status in ("408", "409", "429") or status.startswith("5"):
+        lines += ["retry-after: 0", "retry-after-ms: 1"]
+    return "\r\n".join([*lines, "", ""]).encode() + content
+
+
+def _sized(answer: bytes) -> bytes:
+    """The size of a future's result in its place; what says that there is none yet stays as it is."""
+    head, _, content = answer.partition(b"\r\n\r\n")
+    if not head.startswith(b"HTTP/1.1 200") or b'"try_again"' in content[:200]:
+        return answer
+    told = {"status": "complete_metadata", "response_payload_size": len(content)}
+    return _status("200", json.dumps(told).encode())
+
+
+def _unfinished(answer: bytes) -> bytes:
+    """An answer with an operation that is done, as it was before it was."""
+    head, _, content = answer.partition(b"\r\n\r\n")
+    if not head.startswith(b"HTTP/1.1 200"):
+        return answer
+    fields = json.loads(content)
+    name = fields["operation"]["name"]
+    return _status("200", json.dumps({"operation": {"name": name, "done": False}}).encode())
 
 
 def _reset(writer: asyncio.StreamWriter) -> None:
@@ -169,7 +382,7 @@ def _reset(writer: asyncio.StreamWriter) -> None:
     writer.transport.abort()
 
 
-async def _first(*coroutines: object) -> None:
+async def _first(*coroutines: Any) -> None:
     """Wait for the first to end, cancel the others: a client that hangs up ends its request."""
     tasks = [asyncio.ensure_future(coroutine) for coroutine in coroutines]
     try:

@@ -29,7 +29,7 @@ class StoppedRun:
             created=float(len(list(folder.parent.parent.glob("*/*")))),
             step=0,
         )
-        write_snapshot(folder, manifest, lambda target: (target / "weights").write_bytes(bytes(SIZE)))
+        write_snapshot(folder, manifest, lambda target: (target / "weights").write_bytes(bytes(SIZE)) and None)
         return folder
 
     def commit(self, step, kind="state", *, job=None):

@@ -164,21 +164,64 @@ def test_init_from_checkpoint_takes_the_weights_and_starts_at_step_0(connect, tm
     assert fresh.forward([datum_from_row([1, 2, 3], [0, 1, 1])], "cross_entropy").metrics == before
 
 
-def test_a_checkpoint_that_is_gone_or_damaged_is_an_error_that_names_it(connect, tmp_path, backend, trainer):
-    client = connect()
-    with pytest.raises(CheckpointError, match=r"init_from_checkpoint 'job-x:nothing' cannot be loaded.*nothing"):
-        resolve_resume(client, tmp_path, "job-x:nothing")
-    save_checkpoint(client, "to-damage", tmp_path, state_at(0))
-    folder = backend.home / "checkpoints" / trainer / "state" / "to-damage"
+def damage(backend, trainer, name):
+    """Change a bit of a checkpoint's largest file, and return the file."""
+    folder = backend.home / "checkpoints" / trainer / "state" / name
     weights = max(folder.rglob("*"), key=lambda file: file.stat().st_size)
     content = bytearray(weights.read_bytes())
     content[-1] ^= 1
     weights.write_bytes(content)
-    with pytest.raises(CheckpointError, match=rf"'to-damage' \(step 0\) of .*{weights.name}"):
-        resolve_resume(client, tmp_path)
-    shutil.rmtree(folder)
-    with pytest.raises(CheckpointError, match="to-damage"):
-        resolve_resume(client, tmp_path)
+    return weights
+
+
+def test_damaged_and_missing_checkpoints_are_passed_over_and_never_for_a_fresh_start(
+    connect, tmp_path, backend, trainer, caplog
+):
+    client = connect()
+    with pytest.raises(CheckpointError, match=r"init_from_checkpoint 'job-x:nothing' cannot be loaded.*nothing"):
+        resolve_resume(client, tmp_path, "job-x:nothing")
+    resolve_resume(client, tmp_path)
+    undisturbed = []
+    for step in range(3):
+        save_checkpoint(client, f"fall-{step}", tmp_path, state_at(step))
+        undisturbed += losses(client, 1)
+    weights = damage(backend, trainer, "fall-2")
+    info = resolve_resume(client, tmp_path, "fall-0")  # not that, the run's own commits win
+    assert (info.name, info.step, info.data_consumed, client.step) == ("fall-1", 1, 2, 1)
+    assert list(info.skipped) == ["fall-2"]
+    assert f"{weights.name} is damaged: sha256" in info.skipped["fall-2"]
+    assert "fall-2 (step 2) CANNOT BE LOADED and is passed over" in caplog.text
+    assert losses(client, 2) == undisturbed[1:]
+    assert [row.name for row in read_checkpoints(tmp_path)] == ["fall-0", "fall-1", "fall-2"]
+
+    (backend.home / "checkpoints" / trainer / "state" / "fall-1" / "manifest.json").write_text("{")
+    shutil.rmtree(backend.home / "checkpoints" / trainer / "state" / "fall-0")
+    with pytest.raises(CheckpointError, match="none of the 3 checkpoints of .* can be loaded") as error:
+        resolve_resume(client, tmp_path, "fall-0")
+    assert r"'fall-0' (step 0): load_state" in str(error.value)
+    for name, reason in [("fall-0", "no checkpoint"), ("fall-1", "manifest.json is damaged"), ("fall-2", "sha256")]:
+        assert any(repr(name) in line and reason in line for line in str(error.value).splitlines())
+
+
+def test_a_checkpoint_of_another_step_than_its_row_says_is_passed_over(connect, tmp_path):
+    client = connect()
+    save_checkpoint(client, "honest-0", tmp_path, state_at(0))
+    losses(client, 2)
+    save_checkpoint(client, "wrong-1", tmp_path, state_at(1))
+    info = resolve_resume(client, tmp_path)
+    assert info.name == "honest-0"
+    assert "holds the weights of step 2, its row says 1" in info.skipped["wrong-1"]
+
+
+def test_a_checkpoint_of_another_model_is_an_error_at_once(connect, tmp_path, manager, start_trainer):
+    full = ReconnectableClient(manager, start_trainer("fits-not", 0), MODEL, 0, default_timeout_s=60)
+    save_checkpoint(full, "full-0", tmp_path, state_at(0))
+    save_checkpoint(full, "full-1", tmp_path, state_at(0))
+    full.close()
+    manager.delete("fits-not")
+    with pytest.raises(CheckpointError, match=r"'full-1' \(step 0\) .*does not fit this model.*lora_rank 0") as error:
+        resolve_resume(connect(), tmp_path)
+    assert "full-0" not in str(error.value)
 
 
 def test_a_save_that_is_refused_commits_nothing(connect, tmp_path):

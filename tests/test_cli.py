@@ -277,7 +277,7 @@ def test_example_writes_rows_for_every_recipe(home, tmp_path):
     assert [len((tmp_path / "rows" / name).read_text().splitlines()) for name in names] == [5, 3] * 3
 
 
-# checkpoints and runs -----------------------------------------------------------------------------------------------
+# checkpoints --------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -311,25 +311,6 @@ def test_a_damaged_line_of_checkpoints_is_named(stopped_run, tmp_path):
     status, out, err = cookbook("checkpoints", "list", "run")
     assert (status, out) == (1, "")
     assert "checkpoints.jsonl, line 1" in err
-
-
-def test_runs_are_listed_and_shown_by_the_beginning_of_their_id(stopped_run, tmp_path):
-    _, out, _ = cookbook("runs", "list")
-    assert stopped_run in out
-    assert "stopped" in out
-    _, out, _ = cookbook("runs", "list", "--json")
-    assert json.loads(out)[0]["path"] == str(tmp_path / "run")
-    _, out, _ = cookbook("runs", "show", stopped_run[:7])
-    assert "checkpoint      step-5, step 5" in out
-    _, out, _ = cookbook("runs", "show", stopped_run, "--json")
-    shown = json.loads(out)
-    assert (shown["state"], shown["last_checkpoint"]["name"], shown["summary"]) == ("stopped", "step-5", None)
-
-
-def test_an_unknown_run_names_the_known_ones(stopped_run):
-    status, _, err = cookbook("runs", "show", "rl-1")
-    assert status == 2
-    assert f"there is no run 'rl-1'. Choose one of: {stopped_run}." in err
 
 
 # doctor -------------------------------------------------------------------------------------------------------------

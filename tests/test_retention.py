@@ -284,7 +284,7 @@ def test_a_backend_that_is_gone_is_an_error_and_the_next_prune_goes_on(run, cont
     gone = ControlPlane("embedded", "http://127.0.0.1:9", "key", run.home / "models")
     gone.account_id = lambda *_: "local"
     gone.list_checkpoints = control.list_checkpoints
-    gone.delete_checkpoint = lambda *arguments: ControlPlane.delete_checkpoint(gone, *arguments, 0.1)
+    gone.delete_checkpoint = lambda *arguments: ControlPlane.delete_checkpoint(gone, *arguments[:3], 0.1)
     with gone, pytest.raises(ProvisioningError, match=r"127\.0\.0\.1:9"):
         run.prune(gone, 1)
     assert (run.rows(), len(run.there())) == (["step-6"], 6)

@@ -44,15 +44,23 @@ def token_of(kind: str) -> str:
 
 
 def serve_until_the_end(
-    asgi: ASGIApp, folder: Path, *, is_idle: Callable[[], bool], inactivity_timeout_s: float
+    asgi: ASGIApp,
+    folder: Path,
+    *,
+    is_idle: Callable[[], bool],
+    inactivity_timeout_s: float,
+    before_exit: Callable[[], None] = lambda: None,
 ) -> NoReturn:
     """Serve on a free port of loopback, write why it ended to exit.json, and end the process.
 
     Args:
         folder: of the worker; worker.json appears in it once the port listens.
         is_idle: asked every second: whether nobody has wanted anything for `inactivity_timeout_s`, which ends it.
+        before_exit: called when nothing is served any more, to end what is under way. The control plane kills a worker
+            that it has told to stop after 10 s.
     """
     reason = asyncio.run(_serve(asgi, folder / "worker.json", is_idle, inactivity_timeout_s))
+    before_exit()
     write_json(folder / "exit.json", {"reason": reason})
     logging.getLogger(__name__).info("ends: %s", reason)
     logging.shutdown()

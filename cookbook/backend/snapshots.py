@@ -8,14 +8,17 @@ weights) is not known here.
 from __future__ import annotations
 
 import dataclasses
+import errno
 import fcntl
 import hashlib
+import logging
 import os
 import re
 import secrets
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -35,12 +38,16 @@ __all__ = [
     "delete_snapshot",
     "list_manifests",
     "load_manifest",
+    "refuse_taken",
     "remove_deleted",
     "remove_leftovers",
     "snapshot_dir",
     "verify",
+    "write_file",
     "write_snapshot",
 ]
+
+_log = logging.getLogger(__name__)
 
 SnapshotKind = Literal["state", "sampler"]
 FORMAT_VERSION = 1
@@ -49,6 +56,9 @@ _KINDS: tuple[SnapshotKind, ...] = ("state", "sampler")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
 _TEMPORARY_PREFIX = ".writing-"
 _DELETED_PREFIX = ".deleting-"
+_CHUNK_BYTES = 4 * 2**20
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_OS_ERROR = re.compile(r"\(os error (\d+)\)")  # how safetensors reports one
 
 
 @dataclass(frozen=True)
@@ -136,7 +146,8 @@ def snapshot_dir(checkpoints_dir: Path, job_id: str, kind: SnapshotKind, name: s
 
 
 def list_manifests(checkpoints_dir: Path, job_id: str) -> list[Manifest]:
-    """Manifests of all complete snapshots of a job, of both kinds, oldest first. Half-written ones do not count."""
+    """Manifests of all complete snapshots of a job, of both kinds, oldest first. Half-written and damaged ones do not
+    count."""
     manifests = []
     for kind in _KINDS:
         parent = snapshot_dir(checkpoints_dir, job_id, kind, "any").parent
@@ -174,38 +185,77 @@ def verify(folder: Path, manifest: Manifest) -> None:
             raise CheckpointError(
                 f"checkpoint file {path} has {size} bytes instead of {entry.size}: use an older checkpoint."
             )
-    for name, entry in manifest.files.items():
-        path = folder / name
-        digest = _sha256(path)
-        if digest != entry.sha256:
-            raise CheckpointError(
-                f"checkpoint file {path} is damaged: sha256 {digest}, expected {entry.sha256}. Use an older checkpoint."
-            )
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        for (name, entry), digest in zip(
+            manifest.files.items(), threads.map(_sha256, [folder / name for name in manifest.files]), strict=True
+        ):
+            if digest != entry.sha256:
+                raise CheckpointError(
+                    f"checkpoint file {folder / name} is damaged: sha256 {digest}, expected {entry.sha256}. "
+                    "Use an older checkpoint."
+                )
 
 
-def write_snapshot(folder: Path, manifest_without_files: Manifest, write: Callable[[Path], None]) -> Manifest:
-    """Make a snapshot at `folder`, whole or not at all, and return its manifest with the files filled in.
+def write_file(path: Path, pieces: Iterable[memoryview], *, stop: Callable[[], bool] = lambda: False) -> FileEntry:
+    """Write one file of a snapshot and flush it, hashing on the way: what is written is not read again.
 
-    `write` puts the files into the empty folder that it is given. Then they are flushed and hashed, the manifest is
-    added, and the folder is renamed into place. After an exception nothing is left behind.
+    Args:
+        pieces: of its content, as bytes.
+        stop: asked every few megabytes.
 
     Raises:
-        CheckpointError: the name is taken. A snapshot is never overwritten; save under another name.
-        OSError, and whatever `write` raises: for example when the disk is full.
+        InterruptedError: `stop` said so.
+        OSError: for example when the disk is full.
     """
-    _refuse_taken(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=_TEMPORARY_PREFIX, dir=folder.parent))
+    digest, size = hashlib.sha256(), 0
+    with path.open("wb", buffering=0) as file:
+        for piece in pieces:
+            for start in range(0, len(piece), _CHUNK_BYTES):
+                if stop():
+                    raise InterruptedError(f"{path} is not written to its end: this process ends")
+                chunk = piece[start : start + _CHUNK_BYTES]
+                digest.update(chunk)
+                _write_all(file.fileno(), chunk)
+            size += len(piece)
+        os.fsync(file.fileno())
+    return FileEntry(size, digest.hexdigest())
+
+
+def write_snapshot(
+    folder: Path, manifest_without_files: Manifest, write: Callable[[Path], Mapping[str, FileEntry] | None]
+) -> Manifest:
+    """Make a snapshot at `folder`, whole or not at all, and return its manifest with the files filled in.
+
+    `write` puts the files into the empty folder that it is given, and may say of some what `write_file` said of them.
+    The others are flushed and hashed then, the manifest is added, and the folder is renamed into place. After an
+    exception nothing is left behind.
+
+    Raises:
+        CheckpointError: the name is taken (a snapshot is never overwritten; save under another name), or there is no
+            room on the disk.
+        OSError, and whatever `write` raises.
+    """
+    refuse_taken(folder)
+    temporary: Path | None = None
     try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=_TEMPORARY_PREFIX, dir=folder.parent))
         temporary.chmod(0o755)
-        write(temporary)
-        manifest = dataclasses.replace(manifest_without_files, files=_flush_and_describe(temporary))
+        known = write(temporary) or {}
+        manifest = dataclasses.replace(manifest_without_files, files=_flush_and_describe(temporary, known))
         _write_flushed(temporary / MANIFEST_NAME, orjson.dumps(manifest, option=orjson.OPT_INDENT_2))
         _fsync_folder(temporary)
-        _refuse_taken(folder)
+        refuse_taken(folder)
         temporary.rename(folder)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
+    except BaseException as error:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+        if (why := _no_room(error)) is not None:
+            raise CheckpointError(
+                f"checkpoint {folder.name!r} was not saved, there is no room for it: {why}, on the disk of "
+                f"{folder.parent} ({_free(folder)} free now). Nothing of it is left. Free space, for example with "
+                "`cookbook checkpoints prune`, and save again."
+            ) from error
         raise
     _fsync_folder(folder.parent)
     return manifest
@@ -266,14 +316,15 @@ def _remove(folder: Path) -> None:
 
 
 def _manifest_if_complete(folder: Path) -> Manifest | None:
-    """None for what is being written or deleted, which begins with a dot, and for what was deleted this very moment."""
+    """None for what is being written or deleted, which begins with a dot, for what was deleted this very moment, and
+    for a damaged one, which is logged: the others can be used all the same."""
     if folder.name.startswith(".") or not (folder / MANIFEST_NAME).is_file():
         return None
     try:
         return load_manifest(folder)
-    except CheckpointError:
+    except CheckpointError as error:
         if folder.exists():
-            raise
+            _log.warning("left out: %s", error)
         return None
 
 
@@ -283,7 +334,8 @@ def _missing(folder: Path) -> CheckpointError:
     )
 
 
-def _refuse_taken(folder: Path) -> None:
+def refuse_taken(folder: Path) -> None:
+    """CheckpointError when there is a snapshot of that name."""
     if folder.exists():
         raise CheckpointError(
             f"checkpoint {folder.name!r} exists already at {folder} and is never overwritten: save under another name."
@@ -295,16 +347,39 @@ def _manifest_from_json(fields: dict[str, Any]) -> Manifest:
     return Manifest(**{**fields, "files": files})
 
 
-def _flush_and_describe(folder: Path) -> dict[str, FileEntry]:
+def _flush_and_describe(folder: Path, known: Mapping[str, FileEntry]) -> dict[str, FileEntry]:
+    """The entries of all files; those that are not known are flushed and hashed."""
     entries = {}
     for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
         if path.is_dir():
             _fsync_folder(path)
-            continue
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-        entries[path.relative_to(folder).as_posix()] = FileEntry(path.stat().st_size, _sha256(path))
+        elif name in known:
+            entries[name] = known[name]
+        else:
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+            entries[name] = FileEntry(path.stat().st_size, _sha256(path))
     return entries
+
+
+def _no_room(error: BaseException) -> str | None:
+    """What the system says of a disk, quota or file-size limit that is reached; None for every other error."""
+    number = error.errno if isinstance(error, OSError) else None
+    if number is None and (found := _OS_ERROR.search(str(error))) is not None:
+        number = int(found[1])
+    return os.strerror(number) if number in _FULL else None
+
+
+def _free(folder: Path) -> str:
+    existing = next(parent for parent in folder.parents if parent.exists())
+    return f"{shutil.disk_usage(existing).free / 2**20:,.0f} MiB"
+
+
+def _write_all(descriptor: int, content: memoryview) -> None:
+    """A disk that is nearly full takes a part, and says why only when the rest is tried."""
+    while content:
+        content = content[os.write(descriptor, content) :]
 
 
 def _sha256(path: Path) -> str:

@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from cookbook.cli import backend, chat, checkpoints, data, doctor, export, models, run, runs, serve
+from cookbook.cli import backend, chat, checkpoints, data, doctor, export, janitor, models, run, runs, serve
 from cookbook.cli import eval as evaluation
 from cookbook.cli.output import ErrorGroup
 
@@ -31,6 +31,7 @@ app.command("eval")(evaluation.evaluate)
 app.command("chat")(chat.chat)
 app.command("serve")(serve.serve)
 app.command("export")(export.export)
+app.command("janitor")(janitor.janitor)
 app.command("doctor")(doctor.doctor)
 app.add_typer(models.app, name="models")
 app.add_typer(data.app, name="data")

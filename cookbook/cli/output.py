@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from cookbook.errors import ConfigError, CookbookError, DataError, ModelError
+from cookbook.errors import ConfigError, CookbookError, CredentialsError, DataError, ModelError
 
 __all__ = ["DEBUG", "EXIT_FAILED", "EXIT_INTERRUPTED", "EXIT_WRONG_INPUT", "ErrorGroup", "HomeOption", "JsonOption"]
 __all__ += ["home_folder", "note", "print_json", "print_table"]
@@ -21,7 +21,7 @@ EXIT_FAILED, EXIT_WRONG_INPUT, EXIT_INTERRUPTED = 1, 2, 130
 DEBUG = "cookbook.debug"
 """Key in a context's `meta` under which a command passes its own --debug on."""
 
-WRONG_INPUT = (ConfigError, DataError, ModelError)
+WRONG_INPUT = (ConfigError, CredentialsError, DataError, ModelError)
 """Errors that the user mends by changing the config, the data or the command line."""
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON: on stdout the result, on stderr all else.")]

@@ -37,7 +37,8 @@ def session_on(backend: str, kind: str, home: Path | None) -> Iterator[Session]:
     from cookbook.config import BACKENDS, environment
     from cookbook.control_plane import connect
     from cookbook.errors import ConfigError, Problem
-    from cookbook.sessions import ending_on_signals, open_session
+    from cookbook.sessions import open_session
+    from cookbook.termination import ending_on_signals
 
     if backend not in BACKENDS:
         raise ConfigError([Problem("--backend", f"there is no backend {backend!r}.", f"Use {' or '.join(BACKENDS)}.")])

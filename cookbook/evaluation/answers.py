@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 from cookbook.errors import SamplingError
-from cookbook.evaluation.kept import KeptLines
+from cookbook.evaluation.kept import Guard, KeptLines
 from cookbook.rewards import LoadedReward, score
 from cookbook.rollouts.ledger import sampling_seed
 from cookbook.rollouts.sampler import Policy
@@ -123,14 +124,14 @@ def answer_rows(
 class AnswerFile(KeptLines):
     """Answers of one model, so that an evaluation that was killed goes on from there."""
 
-    def __init__(self, path: Path, identity: Mapping[str, Any]) -> None:
+    def __init__(self, path: Path, identity: Mapping[str, Any], guard: Guard = nullcontext) -> None:
         """Open the file, and read what is there.
 
         Raises:
             ConfigError: it holds answers already, of another model or to something else.
             CheckpointError: it is damaged, or cannot be written.
         """
-        super().__init__(path, identity)
+        super().__init__(path, identity, guard)
         self.answers = {(line["index"], line["sample"]): Answer(**line) for line in self.lines}
         """(row, sample) -> answer."""
 

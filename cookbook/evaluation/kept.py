@@ -4,33 +4,44 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeAlias
 
 import orjson
 
 from cookbook.errors import CheckpointError, ConfigError, Problem
 from cookbook.files import cut_torn_line, read_jsonl
 
-__all__ = ["KeptLines", "check_identity"]
+__all__ = ["Guard", "KeptLines", "check_identity"]
+
+Guard: TypeAlias = Callable[[], AbstractContextManager[None]]
+"""What is held while a line is appended: `RunDirectory.guard`."""
 
 
 class KeptLines:
     """A file of JSON objects, appended to one by one. Its first line says what the others follow from: the identity."""
 
-    def __init__(self, path: Path, identity: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        path: Path,
+        identity: Mapping[str, Any],
+        guard: Guard = nullcontext,
+    ) -> None:
         """Open the file, and read what is there.
 
         Args:
             identity: all that the lines follow from, as JSON data.
+            guard: held while a line is appended.
 
         Raises:
             ConfigError: there are lines already, and they follow from something else. They stay as they are.
             CheckpointError: it is damaged, or cannot be written.
         """
         self._path = path
+        self._guard = guard
         identity = json.loads(json.dumps(identity))
         header, *self.lines = read_jsonl(path) or [{}]
         if self.lines:
@@ -47,10 +58,12 @@ class KeptLines:
 
         Raises:
             CheckpointError: the file cannot be written.
+            LeaseLost: from the guard.
         """
         try:
-            self._file.write(orjson.dumps(line) + b"\n")
-            self._file.flush()
+            with self._guard():
+                self._file.write(orjson.dumps(line) + b"\n")
+                self._file.flush()
         except OSError as error:
             raise CheckpointError(f"{self._path} cannot be written: {error.strerror}. Free space.") from error
 

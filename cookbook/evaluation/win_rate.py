@@ -7,13 +7,14 @@ import hashlib
 import inspect
 import json
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from cookbook.deadlines import call_with_deadline
 from cookbook.errors import RewardError
-from cookbook.evaluation.kept import KeptLines
+from cookbook.evaluation.kept import Guard, KeptLines
 from cookbook.rewards import LoadedReward, dry_run, score
 from cookbook.rewards.load import import_function
 from cookbook.rollouts.turns import all_of
@@ -54,14 +55,14 @@ class Duel:
 class VerdictFile(KeptLines):
     """What a judge has said, so that no duel is judged, and paid for, twice."""
 
-    def __init__(self, path: Path, judge: Judge) -> None:
+    def __init__(self, path: Path, judge: Judge, guard: Guard = nullcontext) -> None:
         """Open the file, and read what is there.
 
         Raises:
             ConfigError: it holds the verdicts of another judge.
             CheckpointError: it is damaged, or cannot be written.
         """
-        super().__init__(path, {"judge": judge.name})
+        super().__init__(path, {"judge": judge.name}, guard)
         self._verdicts: dict[str, float] = {line["duel"]: line["verdict"] for line in self.lines}
 
     def __len__(self) -> int:

@@ -300,12 +300,13 @@ class RolloutSampler:
             try:
                 return check(await request())
             except Exception as error:
-                permanent = not _is_transient(error)
+                broken_off = _is_broken_off(error)
+                permanent = not (broken_off or _is_transient(error))
                 if isinstance(error, SamplingError) and permanent:
                     raise
                 late = 0 < self._retry.deadline_s <= time.monotonic() - started
                 if permanent or late or attempt == self._retry.attempts:
-                    lost = SamplingError if permanent else DeploymentLost
+                    lost = SamplingError if permanent or broken_off else DeploymentLost
                     raise lost(self._failure(where, attempt, error)) from error
                 logger.warning(
                     "%s: attempt %d of %d failed: %s", where, attempt, self._retry.attempts, _describe(error)
@@ -380,6 +381,14 @@ def _is_transient(error: Exception) -> bool:
     if isinstance(error, httpx.HTTPStatusError):
         return error.response.status_code in COMPLETION_STATUSES
     return isinstance(error, SamplingRequestError | httpx.TransportError | _TransientAnswer)
+
+
+def _is_broken_off(error: Exception) -> bool:
+    """Whether a stream has ended well without the tokens. So does one in which the deployment says that something has
+    gone wrong (the training API's wire protocol, streaming answers), which the SDK does not read; and so do all streams
+    of a deployment that cannot tell tokens: nothing tells these two apart but another attempt."""
+    answer = getattr(error, "_fireworks_sampled_response", None)
+    return answer is not None and not any("raw_output" in choice for choice in answer["choices"])
 
 
 def _checked(result: SampledRequestResult, synced: str, where: str) -> Sampled:

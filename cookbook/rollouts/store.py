@@ -21,7 +21,10 @@ from cookbook.errors import CheckpointError, DataError
 from cookbook.rollouts.ledger import CollectedStep, RowLedger
 from cookbook.rollouts.records import Completion, PromptGroup, RejectedRow
 
-__all__ = ["RolloutStore"]
+__all__ = ["ROLLOUTS_FOLDER", "RolloutStore"]
+
+ROLLOUTS_FOLDER = "rollouts"
+"""Folder of a run directory."""
 
 _FORMAT = 1
 _NAME = re.compile(r"step-(\d{6,})\.jsonl")

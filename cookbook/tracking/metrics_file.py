@@ -26,7 +26,7 @@ class MetricsFile(Sink):
     """Appends to `path`; nothing is touched before `start`."""
 
     def __init__(self, path: Path, guard: Callable[[], AbstractContextManager[None]] = nullcontext) -> None:
-        """`guard` is held while the file is cut: `RunDirectory.guard` for a file in the run directory."""
+        """`guard` is held for each write: `RunDirectory.guard`."""
         self.path = path
         self._guard = guard
         self._started = False
@@ -53,13 +53,14 @@ class MetricsFile(Sink):
 
         Raises:
             CheckpointError: the disk is full or the like.
+            LeaseLost: another process has taken the run over.
         """
         if not self._started:
             return
         values = {name: _finite(value) for name, value in metrics.items() if value is not None}
         line = json.dumps({"step": step, "time": round(time.time(), 3), **values}) + "\n"
         try:
-            with self.path.open("ab", buffering=0) as file:
+            with self._guard(), self.path.open("ab", buffering=0) as file:
                 file.write(line.encode())
         except OSError as error:
             raise self._unwritable(error) from error

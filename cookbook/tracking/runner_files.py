@@ -15,6 +15,7 @@ import logging
 import re
 import time
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,7 @@ class RunnerFiles(Sink):
         self,
         config: RunnerConfig,
         fallback: Mapping[str, str],
+        guard: Callable[[], AbstractContextManager[None]] = nullcontext,
         *,
         first_start: bool,
         clock: Callable[[], float] = time.monotonic,
@@ -53,6 +55,7 @@ class RunnerFiles(Sink):
 
         Args:
             config: paths; None falls back to `fallback`, field name -> path, from the environment.
+            guard: held for each write: `RunDirectory.guard`. The files are the run's, wherever they lie.
             first_start: whether the run starts for the first time. If not, what the metadata file says is added to.
 
         Raises:
@@ -60,7 +63,8 @@ class RunnerFiles(Sink):
         """
         paths = {name: getattr(config, name) or fallback.get(name) for name in RunnerConfig.model_fields}
         self._paths = {name: Path(path) for name, path in paths.items() if path}
-        self._metrics = MetricsFile(self._paths["metrics_file"]) if "metrics_file" in self._paths else Sink()
+        self._metrics = MetricsFile(self._paths["metrics_file"], guard) if "metrics_file" in self._paths else Sink()
+        self._guard = guard
         self._clock = clock
         self._step = self._total_steps = 0
         self._accelerators: Mapping[str, int] = {}
@@ -68,7 +72,8 @@ class RunnerFiles(Sink):
         self._written = float("-inf")
         self._tokens, self._seconds = (0, {}) if first_start else self._earlier_metadata()
         if "status_file" in self._paths:
-            write_json(self._paths["status_file"], self._status(OK, "pending"))
+            with guard():
+                write_json(self._paths["status_file"], self._status(OK, "pending"))
 
     def rows_read(self, done: int, total: int) -> None:
         self._replace("status_file", self._status(OK, f"reading rows ({100 * done // max(1, total)}%)"))
@@ -125,11 +130,16 @@ class RunnerFiles(Sink):
         return int(values.get("tokens", 0)), dict(values.get("accelerator_seconds", {}))
 
     def _replace(self, name: str, content: dict[str, Any]) -> None:
-        """Training goes on when a file that could be written before no longer can: it is for others to look at."""
+        """Training goes on when a file that could be written before no longer can: it is for others to look at.
+
+        Raises:
+            LeaseLost: it is another process's to write now.
+        """
         if name not in self._paths:
             return
         try:
-            write_json(self._paths[name], content)
+            with self._guard():
+                write_json(self._paths[name], content)
         except CheckpointError as error:
             logger.warning("runner.%s is out of date: %s", name, error)
 

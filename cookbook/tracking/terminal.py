@@ -13,7 +13,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 
 from cookbook.tracking.sink import LEARNING_RATE, LOSS, REWARD, TOKENS_PER_S, TOTAL_STEPS, Metrics, Outcome, Sink, Start
 
-__all__ = ["TerminalProgress", "numbers_text", "stderr_handlers", "step_text", "terminal_progress"]
+__all__ = ["TerminalProgress", "duration_text", "numbers_text", "stderr_handlers", "step_text", "terminal_progress"]
 
 MIN_INTERVAL_S = 10.0
 """Seconds between two lines where there is no terminal."""

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Mapping, Sequence
 
 from cookbook.config import Environment, RecipeConfig
+from cookbook.errors import LeaseLost
 from cookbook.run import Progress, RunDirectory
 from cookbook.tracking.metrics_file import MetricsFile
 from cookbook.tracking.runner_files import RunnerFiles
@@ -29,7 +30,7 @@ def open_tracker(config: RecipeConfig, run: RunDirectory, env: Environment) -> T
     shown = config.model_dump(mode="json")
     return Tracker(
         [
-            RunnerFiles(config.runner, env.runner_files, first_start=run.epoch == 1),
+            RunnerFiles(config.runner, env.runner_files, run.guard, first_start=run.epoch == 1),
             MetricsFile(run.path / METRICS_FILE, run.guard),
             WandbSink(config.wandb, env, log_path=run.path, run_id=run.run_id, epoch=run.epoch, shown=shown),
             terminal_progress(run.run_id),
@@ -72,6 +73,7 @@ class Tracker:
 
         Raises:
             CheckpointError: metrics.jsonl cannot be written.
+            LeaseLost: another process has taken the run over.
         """
         for sink in self._sinks:
             sink.log_step(step, metrics)
@@ -87,6 +89,8 @@ class Tracker:
         for sink in reversed(sinks):  # the terminal first, so that what follows is readable
             try:
                 sink.finish(outcome)
+            except LeaseLost:
+                logger.info("%s is left as it is: the run is another process's now", type(sink).__name__)
             except Exception:
                 logger.exception("%s could not be finished; the run's own records are whole", type(sink).__name__)
 

@@ -72,10 +72,16 @@ def test_after_the_whole_backend_was_killed_live_workers_are_taken_up_and_dead_o
         assert state is not None
         for pid in (state.supervisor_pid, state.control_plane_pid, started[1].pid):
             os.kill(pid, signal.SIGKILL)
+    half_written = {job_id: paths.checkpoints / job_id / "state" / ".writing-a" for job_id in ("one", "two")}
+    half_deleted = paths.checkpoints / "two" / "sampler" / ".deleting-b"
+    for folder in (*half_written.values(), half_deleted):
+        folder.mkdir(parents=True)
 
     with run_backend(paths) as backend:
         backend.wait_for_state("one", "JOB_STATE_RUNNING")
         assert backend.job("two")["state"] == "JOB_STATE_FAILED"
+        wait_until(lambda: not half_written["two"].exists() and not half_deleted.exists())
+        assert half_written["one"].exists(), "its worker lives, and may be writing it"
         assert started[0].poll() is None
         assert backend.client.get(f"{TRAINER}/one/api/v1/healthz").status_code == 200
         assert backend.client.get(f"{TRAINER}/two/api/v1/healthz").status_code == 410

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import signal
 import subprocess
 import sys
@@ -11,8 +12,10 @@ from pathlib import Path
 
 import orjson
 import pytest
+from safetensors import SafetensorError
 
 from cookbook.backend.snapshots import (
+    FileEntry,
     Manifest,
     SnapshotHold,
     SnapshotInUse,
@@ -23,6 +26,7 @@ from cookbook.backend.snapshots import (
     remove_leftovers,
     snapshot_dir,
     verify,
+    write_file,
     write_snapshot,
 )
 from cookbook.errors import CheckpointError
@@ -94,14 +98,53 @@ def test_name_taken_while_writing_is_not_overwritten(tmp_path: Path) -> None:
     assert [found.step for found in list_manifests(tmp_path, "job-a")] == [7]
 
 
-def test_failed_write_leaves_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("error", "raised", "message"),
+    [
+        (OSError(5, "Input/output error"), OSError, "Input/output error"),
+        (
+            OSError(28, "No space left on device"),
+            CheckpointError,
+            r"'step-1' was not saved, there is no room .*MiB free",
+        ),
+        (OSError(122, "Disk quota exceeded"), CheckpointError, "no room for it: Disk quota exceeded"),
+        (SafetensorError("Error while serializing: I/O error: x (os error 28)"), CheckpointError, "No space left on"),
+    ],
+)
+def test_failed_write_leaves_nothing(tmp_path: Path, error: Exception, raised: type[Exception], message: str) -> None:
     def fail(folder: Path) -> None:
         write_two_files(folder)
-        raise OSError(28, "No space left on device")
+        raise error
 
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(raised, match=message):
         save(tmp_path, manifest(), fail)
     assert list((tmp_path / "job-a" / "state").iterdir()) == []
+
+
+def test_a_file_hashed_while_it_is_written_verifies_and_is_flushed_once(tmp_path: Path) -> None:
+    content = bytes(range(256)) * 50_000
+
+    def write(folder: Path) -> dict[str, FileEntry]:
+        write_two_files(folder)
+        return {"big": write_file(folder / "big", [memoryview(content[:100]), memoryview(content[100:])])}
+
+    folder = snapshot_dir(tmp_path, "job-a", "state", "step-1")
+    written = write_snapshot(folder, manifest(), write)
+    assert (folder / "big").read_bytes() == content
+    assert written.files["big"] == FileEntry(len(content), hashlib.sha256(content).hexdigest())
+    verify(folder, load_manifest(folder))
+
+
+def test_writing_that_is_stopped_leaves_nothing(tmp_path: Path) -> None:
+    answers = iter([False, True])
+
+    def write(folder: Path) -> dict[str, FileEntry]:
+        return {"big": write_file(folder / "big", [memoryview(bytes(10_000_000))], stop=lambda: next(answers))}
+
+    folder = snapshot_dir(tmp_path, "job-a", "state", "step-1")
+    with pytest.raises(InterruptedError, match="big is not written to its end"):
+        write_snapshot(folder, manifest(), write)
+    assert list(folder.parent.iterdir()) == []
 
 
 def test_writer_killed_midway_leaves_nothing_visible(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import orjson
 import pytest
 
 from cookbook.backend.trainer.engine import Engine, Operation
-from cookbook.backend.trainer.futures import FutureStore, content
+from cookbook.backend.trainer.futures import FutureStore
 from cookbook.errors import CheckpointError, ConfigError, Problem, RequestRejected
 
 
@@ -53,7 +54,7 @@ def answer(engine: Engine, request_id: str) -> Any:
     future = engine.future(request_id)
     assert future is not None
     stored = future.result(30)
-    return None if stored is None else orjson.loads(content(stored))
+    return None if stored is None else orjson.loads(stored)
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
@@ -157,15 +158,35 @@ def test_model_ends_with_the_operation_that_ends_it(engine: Engine, recorder: Re
     assert engine.future(ending) is None
 
 
-def test_large_answers_wait_on_disk_until_their_owner_goes(tmp_path: Path) -> None:
+def test_answers_wait_on_disk_until_their_owner_goes_and_take_no_memory(tmp_path: Path) -> None:
     folder = tmp_path / "results"
-    engine = Engine(lambda operation: {"data": [0.5] * 10_000}, FutureStore(folder))
-    request_id = engine.submit(op("one"), 1)
-    assert answer(engine, request_id) == {"data": [0.5] * 10_000}
-    assert answer(engine, request_id) == {"data": [0.5] * 10_000}
+    engine = Engine(lambda operation: {"data": [0.5] * 1000}, FutureStore(folder))
+    tracemalloc.start()
+    try:
+        first = engine.submit(op("one"), 1)
+        assert answer(engine, first) == {"data": [0.5] * 1000}
+        before = tracemalloc.get_traced_memory()[0]
+        for number in range(2, 202):
+            answer(engine, engine.submit(op(f"op{number}"), number))
+        grown = tracemalloc.get_traced_memory()[0] - before
+    finally:
+        tracemalloc.stop()
+    assert grown < 200 * 200, f"{grown / 200:.0f} bytes an answer of {4 * 1000} bytes"
+    assert answer(engine, first) == {"data": [0.5] * 1000}
+    assert engine.submit(op("one"), 1) == first
     assert len(list(folder.iterdir())) == 1
     engine.discard("m1")
     assert list(folder.iterdir()) == []
+
+
+def test_answers_that_the_disk_cannot_take_stay_in_memory(tmp_path: Path, engine: Engine) -> None:
+    (tmp_path / "results").rmdir()
+    request_id = engine.submit(op("one"), 1)
+    for _ in range(2):
+        assert answer(engine, request_id) == {"echo": "one"}
+    assert engine.submit(op("one"), 1) == request_id
+    engine.discard("m1")
+    assert engine.future(request_id) is None
 
 
 def test_answers_of_an_earlier_process_are_gone(tmp_path: Path) -> None:

@@ -9,10 +9,11 @@ from typing import Any
 import orjson
 import torch
 
-from cookbook.backend.trainer.engine import Operation
+from cookbook.backend.trainer.engine import Deferred, Operation
 from cookbook.backend.trainer.job import read_spec
 from cookbook.backend.trainer.models import ModelStore
 from cookbook.backend.trainer.operations import Operations
+from cookbook.backend.trainer.saves import StateSaves
 from tests.wire.trainer_process import BASE_MODEL, write_spec
 
 ADAM = {"learning_rate": 1e-2, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.0, "grad_clip_norm": 0.0}
@@ -25,11 +26,13 @@ class TrainerJob:
         write_spec(home / job_id, model_dir, **spec)
         self.store = ModelStore(read_spec(home / job_id))
         self.checkpoints = home / "checkpoints" / job_id
-        self._operations = Operations(self.store)
+        self.saves = StateSaves()
+        self.operations = Operations(self.store, saves=self.saves)
         self._numbers = itertools.count()
 
     def run(self, kind: str, model_id: str, **body: Any) -> dict[str, Any]:
-        return self._operations.execute(Operation(kind, model_id, orjson.dumps(body)))
+        result = self.operations.execute(Operation(kind, model_id, orjson.dumps(body)))
+        return result.finish() if isinstance(result, Deferred) else result
 
     def create(self, rank: int = 0, **lora: Any) -> str:
         model_id = f"model-{next(self._numbers)}"

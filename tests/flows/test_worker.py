@@ -6,11 +6,14 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import httpx
 import pytest
 
+from cookbook.config import Environment
+from cookbook.control_plane import connect
 from tests.flows.helpers import losses, sft_parameters, wait_for
 
 CHECKOUT = Path(__file__).parents[2]
@@ -31,20 +34,42 @@ def prefect(*arguments, environment, timeout_s=120):
 
 
 @pytest.fixture(scope="module")
-def worker(environment, tmp_path_factory):
+def workers():
+    """Worker processes, ended with the module."""
+    processes = []
+    yield processes
+    for process in processes:
+        process.terminate()
+    for process in processes:
+        process.wait(30)
+
+
+@pytest.fixture(scope="module")
+def worker(environment, workers, tmp_path_factory):
     prefect("work-pool", "create", "cookbook", "--type", "process", environment=environment)
     prefect("--no-prompt", "deploy", "--all", environment=environment)
-    log = (tmp_path_factory.mktemp("worker") / "worker.log").open("wb")
-    process = subprocess.Popen(
-        [sys.executable, "-m", "prefect", "worker", "start", "--pool", "cookbook"],
-        env=environment,
-        stdout=log,
-        stderr=subprocess.STDOUT,
-    )
-    yield environment
-    process.terminate()
-    process.wait(30)
-    log.close()
+    pause_the_janitor(environment)  # the tests say when it runs
+    workers.append(start_worker(environment, tmp_path_factory.mktemp("worker")))
+    return environment
+
+
+def start_worker(environment, folder):
+    with (folder / "worker.log").open("wb") as log:
+        return subprocess.Popen(
+            [sys.executable, "-m", "prefect", "worker", "start", "--pool", "cookbook"],
+            env={**environment, "PREFECT_WORKER_QUERY_SECONDS": "2"},
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+
+
+def pause_the_janitor(environment):
+    api = environment["PREFECT_API_URL"]
+    deployment = httpx.get(f"{api}/deployments/name/janitor/janitor", timeout=30).raise_for_status().json()
+    assert [schedule["schedule"]["interval"] for schedule in deployment["schedules"]] == [300]
+    assert deployment["work_queue_name"] == "janitor"  # not behind the runs
+    httpx.patch(f"{api}/deployments/{deployment['id']}", json={"paused": True}, timeout=30).raise_for_status()
 
 
 def test_a_worker_runs_the_flow_from_submitted_parameters(worker, tiny_model, rows_file, tmp_path):
@@ -74,10 +99,10 @@ def test_a_bad_config_is_refused_before_a_run_exists(worker, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def submit(environment, parameters):
+def submit(environment, parameters, flow="sft"):
     """Create a flow run of the deployment through the API; its id."""
     api = environment["PREFECT_API_URL"]
-    deployment = httpx.get(f"{api}/deployments/name/sft/sft", timeout=30).raise_for_status().json()
+    deployment = httpx.get(f"{api}/deployments/name/{flow}/{flow}", timeout=30).raise_for_status().json()
     answer = httpx.post(
         f"{api}/deployments/{deployment['id']}/create_flow_run",
         json={"parameters": {"config": parameters}, "state": {"type": "SCHEDULED"}},
@@ -134,3 +159,31 @@ def test_a_schedule_makes_runs(worker, tiny_model, rows_file, tmp_path):
         assert all(run["parameters"] == parameters for run in scheduled())
     finally:
         httpx.delete(f"{api}/deployments/{deployment}/schedules/{made[0]['id']}", timeout=30).raise_for_status()
+
+
+def live_workers(home):
+    """Ids of all trainers and deployments of a home that have a process."""
+    with connect("embedded", Environment(home, fireworks_base_url="")) as control:
+        listed = [*control.list_jobs(), *control.list_deployments()]
+    return [found["name"] for found in listed if found["metadata"]["workerPid"] is not None]
+
+
+def test_a_flow_run_whose_worker_died_with_it_is_brought_to_its_end_by_the_janitor(
+    worker, workers, undisturbed, tmp_path, backend_home
+):
+    """By a worker that was started afterwards; the only one."""
+    parameters = {**undisturbed[0], "log_path": str(tmp_path / "run"), "output_model_id": None}
+    run_id = submit(worker, parameters)
+    wait_for(lambda: max(losses(parameters), default=0) >= 5, timeout_s=120)
+    os.killpg(workers[-1].pid, signal.SIGKILL)
+    with suppress(ProcessLookupError):
+        os.kill(json.loads((tmp_path / "run" / "run.json").read_text())["lease"]["pid"], signal.SIGKILL)
+    assert live_workers(backend_home) != []
+    workers.append(start_worker(worker, tmp_path))
+    janitor = submit(worker, {"settle_s": 2, "grace_s": 0}, flow="janitor")
+    wait_for(lambda: flow_run(worker, janitor)["state_type"] in ("COMPLETED", "FAILED", "CRASHED"), timeout_s=90)
+    wait_for(lambda: flow_run(worker, run_id)["state_type"] == "COMPLETED", timeout_s=90)
+    assert flow_run(worker, run_id)["run_count"] == 2
+    assert losses(parameters) == losses(undisturbed[0])
+    assert json.loads((tmp_path / "run" / "supervisor.json").read_text())["retries"] == 1
+    assert live_workers(backend_home) == []

@@ -192,7 +192,7 @@ def test_the_end_of_the_data_makes_a_short_step_and_then_an_empty_one(start):
 def test_every_row_is_trained_or_rejected_exactly_once_over_a_faulty_network(server, start, interval):
     """Each 20th request is slow, so that rows end out of order; one in four fails on the way."""
     server.delay_s = lambda body: 0.15 if body["seed"] % 20 == 0 else 0.0
-    with FaultyProxy(server.url, rate=0.25, seed=1) as proxy:
+    with FaultyProxy.everywhere(server.url, rate=0.25, seed=1) as proxy:
         collector = start(total=31, scorer=by_row, url=proxy.url, window=12, interval=interval)
         ledger, trained, rejected, step = RowLedger(total=31), [], [], 0
         while ledger.pending:

@@ -52,7 +52,7 @@ def test_what_is_collected_depends_on_the_seed_and_not_on_the_network_or_the_loa
             return collector.collect(RowLedger(total=6), step=0, version="")
 
     alone = collect(1)
-    with FaultyProxy(backend.base_url, rate=0.3, paths=["/completions"], seed=2) as proxy:
+    with FaultyProxy.everywhere(backend.base_url, rate=0.3, path=".*/completions", seed=2) as proxy:
         together = collect(16, proxy.url)
         assert proxy.num_faults > 0
     assert [group.row for group in together.groups] == [group.row for group in alone.groups]

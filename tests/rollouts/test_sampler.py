@@ -100,12 +100,12 @@ def test_the_adaptive_window_starts_at_8_a_replica_and_keeps_to_its_bounds():
     assert make_controller(ConcurrencyConfig(initial_window=5), 2).window_size == 5
 
 
-@pytest.mark.parametrize("fault", ["425", "429", "503", "reset", "lost", "cut"])
+@pytest.mark.parametrize("fault", ["425", "429", "503", "reset", "lost", "cut", "stream-empty", "stream-error"])
 @pytest.mark.usefixtures("fast_sdk")
 def test_a_transient_failure_is_retried_with_the_same_seed_and_gives_the_same_tokens(server, start_sampler, fault):
     direct = start_sampler()
     expected = direct.run(many(direct, 12))
-    with FaultyProxy(server.url, rate=0.5, faults=[fault], seed=3) as proxy:
+    with FaultyProxy.everywhere(server.url, fault, rate=0.5, seed=3, in_a_row=2) as proxy:
         sampler = start_sampler(proxy.url)
         got = sampler.run(many(sampler, 12))
         assert proxy.counts[fault] > 2
@@ -114,7 +114,7 @@ def test_a_transient_failure_is_retried_with_the_same_seed_and_gives_the_same_to
 
 @pytest.mark.usefixtures("fast_sdk")
 def test_a_hanging_request_is_given_up_after_the_read_timeout_and_retried(server, start_sampler):
-    with FaultyProxy(server.url, rate=0.5, faults=["hang"], seed=3) as proxy:
+    with FaultyProxy.everywhere(server.url, "hang", rate=0.5, seed=3, hang_s=3600.0) as proxy:
         sampler = start_sampler(proxy.url, timeout_s=0.3)
         assert len(sampler.run(many(sampler, 6))) == 6
         assert proxy.counts["hang"] > 0
@@ -170,6 +170,15 @@ def test_an_answer_that_the_deployment_gave_up_on_is_asked_for_again(server, sta
     assert len(server.bodies) == 2
 
 
+@pytest.mark.usefixtures("fast_sdk")
+def test_a_deployment_that_never_tells_tokens_ends_the_run_and_is_not_taken_for_a_lost_one(server, start_sampler):
+    server.edit = lambda choice: choice.pop("raw_output")
+    sampler = start_sampler()
+    with pytest.raises(SamplingError, match=r"3 attempts.*raw_output") as raised:
+        sampler.run(complete(sampler))
+    assert type(raised.value) is SamplingError
+
+
 def test_a_cut_completion_ends_with_length(server, start_sampler):
     server.answer = lambda body: "0123456789"
     sampler = start_sampler()
@@ -220,7 +229,7 @@ def test_closing_cancels_what_is_in_flight_and_a_closed_sampler_says_so(server, 
 
 @pytest.mark.usefixtures("fast_sdk")
 def test_the_metrics_of_a_step_count_requests_failures_and_the_servers_queue(server, start_sampler):
-    with FaultyProxy(server.url, rate=0.5, faults=["503"], seed=3) as proxy:
+    with FaultyProxy.everywhere(server.url, "503", rate=0.5, seed=3) as proxy:
         sampler = start_sampler(proxy.url)
         sampler.run(many(sampler, 6))
         metrics = sampler.step_completed()

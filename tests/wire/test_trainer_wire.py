@@ -362,8 +362,8 @@ def test_full_disk_fails_the_save_and_leaves_nothing(tmp_path: Path, tiny: Path)
         saves = [("save_weights", "step-1"), ("save_weights_for_sampler", "s1")]
         for number, (name, path) in enumerate(saves, start=1):
             failed = running.run(name, {"model_id": model, "seq_id": number, "path": path})
-            assert failed["category"] == "server", failed
-            assert "File too large" in failed["error"]
+            assert failed["category"] == "user", failed
+            assert f"'{path}' was not saved, there is no room for it: File too large" in failed["error"]
         checkpoints = tmp_path / "checkpoints" / "job-d"
         assert [path for path in checkpoints.rglob("*") if path.is_file()] == []
         resource.prlimit(running.process.pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))

@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from functools import partial
 
 import httpx
 from starlette.applications import Starlette
@@ -35,6 +36,7 @@ from cookbook.backend.control_plane.promotion import Promotions
 from cookbook.backend.control_plane.proxy import PROXY_TIMEOUT, Proxy, to_trainer
 from cookbook.backend.control_plane.store import LIVE_STATES, Kind, Store
 from cookbook.backend.paths import BackendPaths
+from cookbook.backend.snapshots import remove_deleted, remove_leftovers
 
 __all__ = ["build_app"]
 
@@ -61,7 +63,9 @@ def build_app(paths: BackendPaths, *, token: str, idle_timeout_s: float, stop: C
             plane = Plane(
                 paths=paths,
                 store=store,
-                trainers=Lifecycle(Kind.TRAINER, paths.job_dir, store, client, token),
+                trainers=Lifecycle(
+                    Kind.TRAINER, paths.job_dir, store, client, token, partial(_remove_half_written, paths)
+                ),
                 deployments=Lifecycle(Kind.DEPLOYMENT, paths.deployment_dir, store, client, token),
                 promotions=Promotions(paths, store),
                 proxy=Proxy(client, token),
@@ -95,6 +99,11 @@ async def _stop_when_idle(plane: Plane, activity: Activity, idle_timeout_s: floa
             logger.info("idle for %.0f s: ending", idle_timeout_s)
             plane.stop()
             return
+
+
+def _remove_half_written(paths: BackendPaths, job_id: str) -> None:
+    remove_leftovers(paths.checkpoints, job_id)
+    remove_deleted(paths.checkpoints, job_id)
 
 
 async def _list_accounts(_request: Request) -> Response:

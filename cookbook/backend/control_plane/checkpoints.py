@@ -1,6 +1,7 @@
 """Checkpoint rows of a trainer job, read from the manifests on disk: they outlive the job, and the code version too.
 
-Deleting one, and the size of each, are additions of the embedded backend to the training API.
+Deleting one, the size and the step of each, and whether its files are all there, are additions of the embedded backend to the
+training API.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
+from pathlib import Path
 from typing import Any
 
 from starlette.requests import Request
@@ -42,9 +44,12 @@ async def list_checkpoints(request: Request) -> Response:
     size = min(_whole(request, "pageSize", _DEFAULT_PAGE) or _DEFAULT_PAGE, _MAX_PAGE)
     first = _whole(request, "pageToken", 0)
     more = first + size < len(manifests)
+    rows = await asyncio.to_thread(
+        lambda: [_row(plane.paths.checkpoints, manifest) for manifest in manifests[first : first + size]]
+    )
     return JsonAnswer(
         {
-            "checkpoints": [_row(manifest) for manifest in manifests[first : first + size]],
+            "checkpoints": rows,
             "nextPageToken": str(first + size) if more else "",
         }
     )
@@ -97,7 +102,7 @@ def checkpoint_name(job_id: str, checkpoint: str) -> str:
     return f"{job_name(job_id)}/checkpoints/{checkpoint}"
 
 
-def _row(manifest: Manifest) -> dict[str, Any]:
+def _row(checkpoints_dir: Path, manifest: Manifest) -> dict[str, Any]:
     created = rfc3339(manifest.created)
     return {
         "name": checkpoint_name(manifest.job_id, manifest.name),
@@ -106,7 +111,18 @@ def _row(manifest: Manifest) -> dict[str, Any]:
         "checkpointType": f"CHECKPOINT_TYPE_{_type(manifest)}",
         "promotable": manifest.promotable,
         "sizeBytes": manifest.size_bytes,
+        "step": manifest.step,
+        "hasAllFiles": _has_all_files(checkpoints_dir, manifest),
     }
+
+
+def _has_all_files(checkpoints_dir: Path, manifest: Manifest) -> bool:
+    """Whether each file is there and as large as it was written; what is in them is checked where it is loaded."""
+    folder = snapshot_dir(checkpoints_dir, manifest.job_id, manifest.kind, manifest.name)
+    try:
+        return all((folder / name).stat().st_size == entry.size for name, entry in manifest.files.items())
+    except OSError:
+        return False
 
 
 def _one(manifests: list[Manifest], job_id: str, name: str, kind: str | None) -> Manifest:

@@ -34,20 +34,28 @@ _HEALTH_TIMEOUT_S = 2.0
 
 
 class Lifecycle:
-    """All trainer jobs, or all deployments, of one control plane. `folder` says where the files of a job lie.
+    """All trainer jobs, or all deployments, of one control plane. `folder` says where the files of a job lie;
+    `clean_up` removes what a worker that was killed has left half-written, and is called when no worker lives.
 
     What is recorded comes first: a state is stored before the processes are made to agree with it, and `reattach` makes
     them agree again after a kill in between.
     """
 
     def __init__(
-        self, kind: str, folder: Callable[[str], Path], store: Store, client: httpx.AsyncClient, token: str
+        self,
+        kind: str,
+        folder: Callable[[str], Path],
+        store: Store,
+        client: httpx.AsyncClient,
+        token: str,
+        clean_up: Callable[[str], None] = lambda _: None,
     ) -> None:
         self._kind = kind
         self._folder = folder
         self._store = store
         self._client = client
         self._token = token
+        self._clean_up = clean_up
         self._children: dict[str, subprocess.Popen[bytes]] = {}
         self._workers: dict[str, WorkerRecord] = {}
         self._watches: dict[str, asyncio.Task[None]] = {}
@@ -172,6 +180,10 @@ class Lifecycle:
                 )
             else:
                 await asyncio.sleep(_STARTING_POLL_S)
+        async with self._guards[job_id]:  # no worker is started meanwhile
+            if not workers.is_alive(self._folder(job_id)):
+                with contextlib.suppress(OSError):  # the next worker tries again
+                    await asyncio.to_thread(self._clean_up, job_id)
 
     async def _answering(self, job_id: str) -> WorkerRecord | None:
         """The worker's record when it answers its health check, else None."""

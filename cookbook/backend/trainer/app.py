@@ -21,7 +21,6 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from cookbook.backend.snapshots import list_manifests
 from cookbook.backend.trainer.engine import Engine, Operation
-from cookbook.backend.trainer.futures import content
 from cookbook.backend.trainer.job import JobSpec
 from cookbook.backend.trainer.sessions import Gone, NotFound, Registry
 
@@ -52,8 +51,21 @@ class TrainerApp:
     `last_active` is the monotonic time of the last request other than a health probe.
     """
 
-    def __init__(self, spec: JobSpec, engine: Engine, token: str, *, architecture: str) -> None:
+    def __init__(
+        self,
+        spec: JobSpec,
+        engine: Engine,
+        token: str,
+        *,
+        architecture: str,
+        being_written: Callable[[], list[str]] = list,
+    ) -> None:
+        """
+        Args:
+            being_written: the names of states that are not complete yet.
+        """
         self._spec = spec
+        self._being_written = being_written
         self._engine = engine
         self._registry = Registry()
         self._architecture = architecture
@@ -167,10 +179,7 @@ class TrainerApp:
         answer = waiting.result()
         if answer is None:
             raise gone
-        try:
-            return Response(content(answer), media_type="application/json")
-        except FileNotFoundError:
-            raise gone from None
+        return Response(answer, media_type="application/json")
 
     async def _capabilities(self, request: Request) -> Response:
         self.last_active = time.monotonic()
@@ -179,8 +188,10 @@ class TrainerApp:
 
     async def _list_checkpoints(self, request: Request) -> Response:
         self.last_active = time.monotonic()
+        writing = self._being_written()  # their names are taken; a load of one waits for it
         manifests = list_manifests(self._spec.checkpoints_dir, self._spec.job_id)
-        return _json({"checkpoints": [manifest.name for manifest in manifests if manifest.kind == "state"]})
+        names = [manifest.name for manifest in manifests if manifest.kind == "state"]
+        return _json({"checkpoints": [*names, *(name for name in writing if name not in names)]})
 
     def _info(self, model_id: str, lora_rank: int) -> _Body:
         data = {

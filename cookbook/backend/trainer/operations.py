@@ -25,10 +25,11 @@ from cookbook.backend.snapshots import (
     write_snapshot,
 )
 from cookbook.backend.trainer import compute, lora
-from cookbook.backend.trainer.engine import Operation
+from cookbook.backend.trainer.engine import Deferred, Operation
 from cookbook.backend.trainer.models import Accumulated, Model, ModelStore
 from cookbook.backend.trainer.optimizer import Optimizer
-from cookbook.backend.trainer.state import read_state, write_state
+from cookbook.backend.trainer.saves import StateSaves
+from cookbook.backend.trainer.state import read_state
 from cookbook.backend.trainer.wire import (
     Parsed,
     forward_answer,
@@ -36,7 +37,7 @@ from cookbook.backend.trainer.wire import (
     parse_optim,
     require,
 )
-from cookbook.errors import CheckpointError, RequestRejected
+from cookbook.errors import DOES_NOT_FIT, CheckpointError, RequestRejected
 
 __all__ = ["Operations"]
 
@@ -52,16 +53,21 @@ class Operations:
     """The handlers, by the kind of operation."""
 
     def __init__(
-        self, store: ModelStore, turn: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext
+        self,
+        store: ModelStore,
+        turn: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext,
+        saves: StateSaves | None = None,
     ) -> None:
         """
         Args:
             turn: entered around what computes on all cores: `CoreTurns.turn`.
+            saves: of this worker; None = of these operations alone.
         """
         self._store = store
+        self._saves = saves or StateSaves()
         self._turn = turn
         self._spec = store.spec
-        self._handlers: dict[str, Callable[[Model, Parsed], Parsed]] = {
+        self._handlers: dict[str, Callable[[Model, Parsed], Parsed | Deferred]] = {
             "forward": self._forward,
             "forward_backward": self._forward_backward,
             "optim_step": self._optim_step,
@@ -71,14 +77,15 @@ class Operations:
             "load_adapter": self._load_adapter,
         }
 
-    def execute(self, operation: Operation) -> Parsed:
-        """Run one operation and return its result, the JSON object of the wire protocol."""
+    def execute(self, operation: Operation) -> Parsed | Deferred:
+        """Run one operation and return its result, the JSON object of the wire protocol, or what gives it."""
         model_id = operation.model_id
         if operation.kind == "create_model":
             self._store.create(model_id, orjson.loads(operation.body))
             return {"model_id": model_id, "type": "create_model", "supports_router_replay": False}
         if operation.kind == "unload_model":
             self._store.remove(model_id)
+            self._saves.free_memory()
             return {"model_id": model_id, "type": "unload_model"}
         model = self._store.use(model_id)
         if operation.kind not in ("forward", "forward_backward"):
@@ -135,7 +142,7 @@ class Operations:
         }
         return {"metrics": metrics}
 
-    def _save_weights(self, model: Model, body: Parsed) -> Parsed:
+    def _save_weights(self, model: Model, body: Parsed) -> Parsed | Deferred:
         _require_own_weights(model, "save_weights")
         name = require(body, "path", str)
         if not _DNS_LABEL.fullmatch(name):
@@ -144,8 +151,16 @@ class Operations:
                 "hyphens only, at most 63. Rename it."
             )
         manifest = self._store.manifest(model, "state", name, None)
-        write_snapshot(self._folder("state", name), manifest, lambda folder: write_state(folder, model.state()))
-        return {"path": name, "type": "save_weights"}
+        write = self._saves.begin(self._folder("state", name), manifest, model.state())
+        answer = {"path": name, "type": "save_weights"}
+        if write is None:
+            return answer
+
+        def finish() -> Parsed:
+            write()
+            return answer
+
+        return Deferred(finish)
 
     def _save_weights_for_sampler(self, model: Model, body: Parsed) -> Parsed:
         _require_own_weights(model, "save_weights_for_sampler")
@@ -177,20 +192,25 @@ class Operations:
         path = require(body, "path", str)
         with_optimizer = body.get("optimizer") is True and model.optimizer is not None
         folder = self._resolve(path)
-        with SnapshotHold(folder):
-            return self._load_from(model, path, folder, with_optimizer)
+        self._saves.wait(folder)
+        try:
+            with SnapshotHold(folder):
+                return self._load_from(model, path, folder, with_optimizer)
+        except OSError as error:
+            raise CheckpointError(f"checkpoint {path!r} cannot be read: {error}. Use an older checkpoint.") from error
 
     def _load_from(self, model: Model, path: str, folder: Path, with_optimizer: bool) -> Parsed:
         manifest = load_manifest(folder)
         if (manifest.kind, manifest.lora_rank) != ("state", model.lora_rank):
             raise CheckpointError(
-                f"checkpoint {path!r} is a {manifest.kind} checkpoint of lora_rank {manifest.lora_rank}, this model "
-                f"wants state of lora_rank {model.lora_rank}. Name another one, or create the model with that rank."
+                f"checkpoint {path!r} {DOES_NOT_FIT}: it is a {manifest.kind} checkpoint of lora_rank "
+                f"{manifest.lora_rank}, this model wants state of lora_rank {model.lora_rank}. Name another one, or "
+                "create the model with that rank."
             )
         if model.lora is not None and manifest.base_model != self._spec.base_model:
             raise CheckpointError(
-                f"checkpoint {path!r} is a LoRA adapter of {manifest.base_model}, this model's base is "
-                f"{self._spec.base_model}. Use the same base_model."
+                f"checkpoint {path!r} {DOES_NOT_FIT}: it is a LoRA adapter of {manifest.base_model}, this model's base "
+                f"is {self._spec.base_model}. Use the same base_model."
             )
         verify(folder, manifest)
         shapes = {name: parameter.shape for name, parameter in model.parameters.items()}

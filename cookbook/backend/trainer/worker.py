@@ -18,9 +18,13 @@ from cookbook.backend.trainer.futures import FutureStore
 from cookbook.backend.trainer.job import JobSpec, read_spec
 from cookbook.backend.trainer.models import ModelStore
 from cookbook.backend.trainer.operations import Operations
+from cookbook.backend.trainer.saves import StateSaves
 from cookbook.errors import BackendError, ModelError
 
 __all__ = ["main"]
+
+_SAVE_GRACE_S = 6.0
+_ABANDON_GRACE_S = 1.0
 
 
 def main(job_dir: Path) -> None:
@@ -39,14 +43,27 @@ def main(job_dir: Path) -> None:
     disable_progress_bar()  # its carriage returns have no place in a log
     remove_leftovers(spec.checkpoints_dir, spec.job_id)
     turns = CoreTurns(spec.checkpoints_dir.parent, threads=torch.get_num_threads())
-    engine = Engine(Operations(ModelStore(spec), turns.turn).execute, FutureStore(job_dir / "results"))
-    app = TrainerApp(spec, engine, token, architecture=architecture)
+    saves = StateSaves()
+    engine = Engine(Operations(ModelStore(spec), turns.turn, saves).execute, FutureStore(job_dir / "results"))
+    app = TrainerApp(spec, engine, token, architecture=architecture, being_written=saves.being_written)
 
     def is_idle() -> bool:
         app.close_silent_sessions()
-        return time.monotonic() - app.last_active > spec.inactivity_timeout_s
+        return time.monotonic() - app.last_active > spec.inactivity_timeout_s and not engine.has_deferred
 
-    serve_until_the_end(app.asgi, job_dir, is_idle=is_idle, inactivity_timeout_s=spec.inactivity_timeout_s)
+    def end_saves() -> None:
+        """A save that is under way is finished, or leaves nothing behind."""
+        if not engine.stop(_SAVE_GRACE_S):
+            saves.abandon()
+            engine.stop(_ABANDON_GRACE_S)
+
+    serve_until_the_end(
+        app.asgi,
+        job_dir,
+        is_idle=is_idle,
+        inactivity_timeout_s=spec.inactivity_timeout_s,
+        before_exit=end_saves,
+    )
 
 
 def _configure_torch(spec: JobSpec) -> None:

@@ -1,0 +1,221 @@
+"""Flow runs whose process has died: found, looked at twice, and retried, so that a worker takes them up again.
+
+A flow run is dead when Prefect says that it runs, or crashed, and no live process owns its run directory. One that
+somebody has cancelled or paused, that has failed or completed, is nobody's business here.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.schemas.filters import (
+    FlowFilter,
+    FlowFilterName,
+    FlowRunFilter,
+    FlowRunFilterExpectedStartTime,
+    FlowRunFilterState,
+    FlowRunFilterStateType,
+)
+from prefect.client.schemas.objects import FlowRun, State, StateType
+from prefect.client.schemas.responses import OrchestrationResult, SetStateStatus
+from prefect.client.schemas.sorting import FlowRunSort
+from prefect.states import AwaitingRetry
+
+from cookbook.config import RECIPE_CONFIGS
+from cookbook.errors import CheckpointError
+from cookbook.janitor_config import JanitorConfig
+from cookbook.supervision import RunDirectoryState, count_retry
+from tasks.page import page_log
+
+__all__ = ["Suspect", "find_dead_runs", "retry_dead_runs"]
+
+FLOWS = (*RECIPE_CONFIGS, "eval")
+"""Names of the flows that have a run directory."""
+
+RECHECK_S = 5.0
+"""Seconds after which a retry is looked at: a late report of the crash may have undone it."""
+
+_PAGE = 200
+
+
+@dataclass(frozen=True)
+class Suspect:
+    """A flow run without a live process, and what is done about it."""
+
+    flow_run_id: str
+    name: str
+    log_path: str
+    state: str
+    """In Prefect's words: RUNNING, PENDING or CRASHED."""
+    state_id: str
+    done: str
+    """"to be retried", "retried", "left"."""
+    why: str
+
+    @property
+    def is_retried(self) -> bool:
+        """Whether it is to be retried."""
+        return self.done == "to be retried"
+
+    def row(self) -> dict[str, str]:
+        """As a row of a table."""
+        values = asdict(self)
+        return {name: values[name] for name in ("name", "log_path", "state", "done", "why")}
+
+
+@task(cache_policy=NO_CACHE)
+def find_dead_runs(config: JanitorConfig) -> list[Suspect]:
+    """All flow runs of the recipes that no live process works for, the oldest first. Nothing is changed."""
+    with get_client(sync_client=True) as client:
+        candidates = [run for run in _runs(client, states=_DEAD_STATES) if _is_old_enough(run, config)]
+        if not candidates:
+            return []
+        newest = _newest(client, min(_due(run) for run in candidates))
+        suspects = [_suspect(run, newest, config) for run in candidates]
+    return [suspect for suspect in suspects if suspect is not None]
+
+
+@task(cache_policy=NO_CACHE)
+def retry_dead_runs(config: JanitorConfig, suspects: list[Suspect]) -> list[Suspect]:
+    """Wait until Prefect has said all it will say about a death, look again, and retry what is still dead."""
+    if config.dry_run or not any(suspect.is_retried for suspect in suspects):
+        return suspects
+    time.sleep(config.settle_s)
+    with get_client(sync_client=True) as client:
+        done = [_retried(client, suspect, config) if suspect.is_retried else suspect for suspect in suspects]
+        time.sleep(RECHECK_S)
+        return [_confirmed(client, suspect) for suspect in done]
+
+
+_DEAD_STATES = (StateType.RUNNING, StateType.PENDING, StateType.CRASHED)
+
+
+def _suspect(run: FlowRun, newest: dict[Path, UUID], config: JanitorConfig) -> Suspect | None:
+    """What to do about a flow run; None when a process works for it, or nobody would want it retried."""
+    path = _log_path(run)
+    if path is None or run.state is None:
+        return None
+    suspect = Suspect(str(run.id), run.name, str(path), run.state.type.value, str(run.state.id), "left", "")
+    try:
+        directory = RunDirectoryState.read(path, str(run.id))
+    except CheckpointError as error:
+        return replace(suspect, why=str(error))
+    is_newest = newest.get(path, run.id) == run.id
+    if directory.is_owned or (run.state.is_crashed() and (directory.is_finished or not is_newest)):
+        return None
+    if (why := _objection(run, directory, is_newest, config)) is not None:
+        return replace(suspect, why=why)
+    since = "the start" if directory.commit is None else f"checkpoint {directory.commit}"
+    return replace(suspect, done="to be retried", why=f"its process has died; it goes on from {since}")
+
+
+def _objection(run: FlowRun, directory: RunDirectoryState, is_newest: bool, config: JanitorConfig) -> str | None:
+    """Why a dead flow run is not retried."""
+    assert run.state is not None
+    if not config.retry_dead_runs:
+        return "its process has died; retry_dead_runs is off"
+    if run.deployment_id is None:
+        return "its process has died; it has no deployment, so no worker would take it up: start it again"
+    if not is_newest:
+        return "its process has died; a later flow run has the same log_path"
+    if run.state.is_running() and not directory.exists:
+        return "no run directory on this machine, so whether its process lives cannot be told"
+    if directory.retries >= config.max_retries:
+        return (
+            f"its process has died; it was retried {directory.retries} times without a further commit "
+            "(max_retries). Look at its log, then retry it by hand"
+        )
+    return None
+
+
+def _retried(client: SyncPrefectClient, suspect: Suspect, config: JanitorConfig) -> Suspect:
+    """Retry a flow run, unless anything about it has changed since it was found."""
+    run = client.read_flow_run(UUID(suspect.flow_run_id))
+    if run.state is None or str(run.state.id) != suspect.state_id:
+        return replace(suspect, done="left", why="its state has changed meanwhile; looked at again next time")
+    try:
+        directory = RunDirectoryState.read(Path(suspect.log_path), suspect.flow_run_id)
+        if directory.is_owned:
+            return replace(suspect, done="left", why="a process has taken the run over meanwhile")
+        retries = count_retry(Path(suspect.log_path), suspect.flow_run_id, directory.commit)
+    except CheckpointError as error:
+        return replace(suspect, done="left", why=str(error))
+    return _set_to_retry(client, suspect, f"{suspect.why} ({retries} of {config.max_retries})")
+
+
+def _set_to_retry(client: SyncPrefectClient, suspect: Suspect, why: str) -> Suspect:
+    state: State[Any] = AwaitingRetry(message="Its process has died.")
+    answer: OrchestrationResult[Any] = client.set_flow_run_state(UUID(suspect.flow_run_id), state)
+    if answer.status != SetStateStatus.ACCEPT:
+        reason = getattr(answer.details, "reason", None)
+        return replace(suspect, done="left", why=f"Prefect refused to retry it: {reason or answer.status.value}")
+    page_log().warning("flow run %s is retried: %s", suspect.name, why)
+    return replace(suspect, done="retried", why=why)
+
+
+def _confirmed(client: SyncPrefectClient, suspect: Suspect) -> Suspect:
+    """A retry that a late report of the same crash has undone is issued once more; further ones are for next time."""
+    if suspect.done != "retried":
+        return suspect
+    run = client.read_flow_run(UUID(suspect.flow_run_id))
+    if run.state is None or not run.state.is_crashed():
+        return suspect
+    return _set_to_retry(client, suspect, f"{suspect.why}; a late report of the crash had undone it")
+
+
+def _runs(
+    client: SyncPrefectClient, *, states: tuple[StateType, ...] | None = None, **options: Any
+) -> Iterator[FlowRun]:
+    """Flow runs of the recipes, the oldest first."""
+    state = None if states is None else FlowRunFilterState(type=FlowRunFilterStateType(any_=list(states)))
+    offset = 0
+    while True:
+        page = client.read_flow_runs(
+            flow_filter=FlowFilter(name=FlowFilterName(any_=list(FLOWS))),
+            flow_run_filter=FlowRunFilter(state=state, **options),
+            sort=FlowRunSort.EXPECTED_START_TIME_ASC,
+            limit=_PAGE,
+            offset=offset,
+        )
+        yield from page
+        if len(page) < _PAGE:
+            return
+        offset += _PAGE
+
+
+def _newest(client: SyncPrefectClient, since: datetime) -> dict[Path, UUID]:
+    """Run directory -> the newest flow run that was to begin there between then and now.
+
+    One that waits for its turn counts, one that is scheduled for later does not.
+    """
+    window = FlowRunFilterExpectedStartTime(after_=since - timedelta(seconds=1), before_=datetime.now(UTC))
+    runs = _runs(client, expected_start_time=window)
+    return {path: run.id for run in runs if (path := _log_path(run)) is not None}
+
+
+def _due(run: FlowRun) -> datetime:
+    return run.expected_start_time or run.created or datetime.now(UTC)
+
+
+def _log_path(run: FlowRun) -> Path | None:
+    config = run.parameters.get("config")
+    log_path = config.get("log_path") if isinstance(config, dict) else None
+    return Path(log_path).expanduser().resolve() if isinstance(log_path, str) and log_path else None
+
+
+def _is_old_enough(run: FlowRun, config: JanitorConfig) -> bool:
+    """Whether a state is one to look at: pending for long, crashed not long ago, or running."""
+    assert run.state is not None
+    age = datetime.now(UTC) - run.state.timestamp
+    if run.state.is_pending():
+        return age >= timedelta(seconds=config.pending_s)
+    return run.state.is_running() or age <= timedelta(hours=config.crashed_within_h)

@@ -1,0 +1,72 @@
+"""Which kills a cell of the suite gets: every phase boundary of its recipe for the flow, some of them for each other
+process, and seeded random moments. The seed chooses passages, moments, and whom which boundary hits."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+
+from tests.faults.points import PHASES, Kill, points_of
+
+__all__ = ["kills_for", "phases_of", "roles_of"]
+
+_EARLY = ("open", "pin", "intend", "create", "confirm", "session", "load", "start")
+_LATE = ("promote", "provenance", "release", "finish", "freed")
+_ONLY = {
+    "train_step": ("sft", "rl"),
+    "gradient": ("dpo", "orpo"),
+    "optimizer": ("dpo", "orpo"),
+    "collect": ("rl",),
+    "record": ("rl",),
+    "references": ("dpo",),
+    "release_reference": ("dpo",),
+    "hot_load": ("rl", "dpo"),
+    "verify": ("rl", "dpo"),
+}
+RANDOM_KILLS = 5
+
+
+def roles_of(recipe: str, seed: int) -> tuple[str, ...]:
+    """The processes beside the flow that a run of this recipe has."""
+    shared = ("trainer", "control-plane", "supervisor")
+    if recipe == "rl":
+        return (*shared, "deployment")
+    if recipe == "dpo":
+        return (*shared, "deployment" if seed % 2 else "reference")
+    return shared
+
+
+def phases_of(recipe: str, seed: int) -> list[str]:
+    """The phases that a run of this recipe goes through."""
+    phases = [phase for phase in PHASES if recipe in _ONLY.get(phase, (recipe,))]
+    missing: tuple[str, ...] = ()
+    if recipe == "dpo":
+        missing = ("references", "release_reference") if seed % 2 else ("hot_load", "verify")
+        missing = ("release_reference",) if seed % 2 else missing
+    return [phase for phase in phases if phase not in missing]
+
+
+def kills_for(recipe: str, seed: int, seconds: float) -> list[Kill]:
+    """The kills of one cell, in an order in which they can happen. `seconds`: length of an undisturbed run."""
+    return list(dict.fromkeys(_kills(recipe, seed, seconds)))
+
+
+def _kills(recipe: str, seed: int, seconds: float) -> Iterator[Kill]:
+    drawn = random.Random(f"{recipe}/{seed}")
+    phases = phases_of(recipe, seed)
+    roles = roles_of(recipe, seed)
+    loop = [phase for phase in phases if phase not in (*_EARLY, *_LATE)]
+    for point in points_of(phase for phase in phases if phase in _EARLY):
+        yield Kill("flow", point)
+    middle = points_of(loop)
+    drawn.shuffle(middle)
+    for number, point in enumerate(middle):
+        if number % 2 == seed % 2:
+            yield Kill(drawn.choice(roles), drawn.choice(middle), drawn.randint(1, 2))
+        yield Kill("flow", point, drawn.randint(1, 2))
+    for _ in range(RANDOM_KILLS):
+        yield Kill.at(drawn.choice(("flow", "flow", *roles)), drawn.uniform(0, seconds))
+    for role in roles:
+        yield Kill(role, drawn.choice(points_of(_LATE)))
+    for point in points_of(phase for phase in phases if phase in _LATE):
+        yield Kill("flow", point)
