@@ -9,7 +9,7 @@ PEERS := $(PEER_VENV)/.installed
 SLOW_TESTS := tests/wire tests/flows tests/faults
 
 .DEFAULT_GOAL := help
-.PHONY: help install run run-sft run-dpo run-orpo test check format docs bench clean
+.PHONY: help install run run-sft run-dpo run-orpo test faults check format docs bench clean
 
 help: ## List the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -51,6 +51,10 @@ run-orpo: $(INSTALLED) ## The same with odds-ratio preference optimization
 
 test: $(INSTALLED) ## Run all tests
 	$(IN_VENV) -m pytest -n 2 --dist loadfile --durations=15
+
+faults: $(INSTALLED) ## Kill and disturb runs of all recipes in every way, and compare how they end (about an hour)
+	FAULT_REPORTS=runs/faults $(IN_VENV) -m pytest -v -n 2 --dist loadgroup -m faults tests/faults
+	$(IN_VENV) -m tests.faults.report runs/faults
 
 check: $(INSTALLED) ## Check format, lint and types, and run the fast tests
 	$(IN_VENV) -m ruff format --check .

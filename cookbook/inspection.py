@@ -84,8 +84,6 @@ class RunOnDisk:
         commits: tuple[CheckpointRow, ...] = _readable(lambda: tuple(read_checkpoints(path)), (), damage)
         resources: tuple[ResourceRecord, ...] = _readable(lambda: tuple(read_resources(path)), (), damage)
         reached = dict(_last_steps(path / METRICS_FILE))
-        done = next((row for row in reversed(commits) if row.state_path), None)
-        progress = None if done is None else _readable(lambda: Progress.from_loop_state(done.loop_state), None, [])
         fingerprint = str(described.get("data_fingerprint") or "")
         record = DiskRecord(
             run_id=stored.run_id,
@@ -96,7 +94,7 @@ class RunOnDisk:
             resources=resources,
             wanted=_wanted(stored, resources),
             last_step=max(reached, default=None),
-            recorded=tuple(_recorded(stored, fingerprint, progress, damage)) if fingerprint else (),
+            recorded=lambda progress: list(_recorded(stored, fingerprint, progress)) if fingerprint else [],
             damage=tuple(damage),
         )
         return cls(
@@ -246,15 +244,13 @@ def _wanted(stored: StoredRun, resources: tuple[ResourceRecord, ...]) -> tuple[W
     return tuple(found)
 
 
-def _recorded(
-    stored: StoredRun, data_fingerprint: str, progress: Progress | None, damage: list[str]
-) -> Iterator[RecordedStep]:
-    """The recorded steps that follow upon the last commit, as far as the run would train them again."""
+def _recorded(stored: StoredRun, data_fingerprint: str, progress: Progress | None) -> Iterator[RecordedStep]:
+    """The recorded steps that follow upon a commit, as far as the run would train them again."""
     store = RolloutStore(stored.path / ROLLOUTS_FOLDER, numbers_fingerprint(stored.config, data_fingerprint))
     step = 0 if progress is None else progress.step
     ledger: RowLedger | None = None
     while step in store.steps():
-        collected = _readable(lambda number=step, before=ledger: store.read_step(number, before), None, damage)  # type: ignore[misc]
+        collected = store.read_step(step, ledger)
         if collected is None:
             return
         if ledger is None and not collected.follows(_ledger_at(progress, collected.ledger.total)):

@@ -24,8 +24,11 @@ from cookbook.models.folders import resolve_model
 from cookbook.promotion import PromotedModel, promote
 
 __all__ = [
+    "DELETED",
     "LANDING_PAUSE_S",
     "LANDING_S",
+    "STOPPED",
+    "STOPPING",
     "ControlPlane",
     "PromotedModel",
     "TrainerHandle",

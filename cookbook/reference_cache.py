@@ -206,7 +206,12 @@ def pair_references(pairs: Sequence[RenderedPair], logprobs: Sequence[Tensor]) -
 
 
 def check_reference_cache(
-    cache: ReferenceCache, client: ReconnectableClient, pairs: Iterable[RenderedPair], tolerance: float = 0.1
+    cache: ReferenceCache,
+    client: ReconnectableClient,
+    pairs: Iterable[RenderedPair],
+    tolerance: float = 0.1,
+    *,
+    timeout_s: float | None = None,
 ) -> float | None:
     """Compute one cached pair again with a policy that was not trained yet, which is the reference.
 
@@ -214,6 +219,7 @@ def check_reference_cache(
         client: of a policy whose weights are those of the base model.
         pairs: read lazily, up to the first one that is in the cache.
         tolerance: nats a token, in the mean over an answer: far above what another precision does.
+        timeout_s: seconds for the answer; None = the client's default.
 
     Returns:
         The larger difference of the two answers, in nats a token; None when no pair is in the cache.
@@ -226,7 +232,7 @@ def check_reference_cache(
     if pair is None:
         return None
     cached = cache[pair.digest]
-    outputs = client.forward(pair_datums([pair]), "cross_entropy").loss_fn_outputs
+    outputs = client.forward(pair_datums([pair]), "cross_entropy", timeout_s=timeout_s).loss_fn_outputs
     (found,) = pair_references([pair], [output["logprobs"].to_torch() for output in outputs])
     difference = max(
         abs(found.chosen - cached.chosen) / pair.chosen.num_trained,

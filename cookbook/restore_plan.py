@@ -1,13 +1,13 @@
 """What starting a run again would do, from what is on disk and, where it was asked, from what its backend has.
 
-A pure function of records. Who reads the disk and asks the backend: cookbook/inspection.py. What a start really does:
+A function of records. Who reads the disk and asks the backend: cookbook/inspection.py. What a start really does:
 tasks/restoring.py, cookbook/checkpoints.py, cookbook/provisioning.py and cookbook/deployments.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from cookbook.checkpoints import CheckpointKind, CheckpointRow
@@ -65,7 +65,8 @@ class DiskRecord:
     wanted: tuple[Wanted, ...] = ()
     last_step: int | None = None
     """Newest step in metrics.jsonl."""
-    recorded: tuple[RecordedStep, ...] = ()
+    recorded: Callable[[Progress | None], Sequence[RecordedStep]] = lambda progress: ()
+    """What was sampled for the steps that follow upon a commit (None = upon the start). May raise CheckpointError."""
     damage: tuple[str, ...] = ()
     """Files that cannot be read: which, where, and what to do."""
 
@@ -105,6 +106,8 @@ class RestorePlan:
     """"nothing" (it has finished), "resume" (from a commit), "start" (from row 0), "fail" (see `problems`)."""
     checkpoint: str | None = None
     """The commit that would be loaded."""
+    passed_over: tuple[str, ...] = ()
+    """Later commits that the backend does not have whole."""
     step: int = 0
     """Steps done in it."""
     total_steps: int | None = None
@@ -140,38 +143,44 @@ def plan_restore(record: DiskRecord, backend: BackendView) -> RestorePlan:
         return RestorePlan("nothing", sentences=("It would give its summary again and do nothing: it has finished.",))
     if record.recipe in _SESSIONS:
         return RestorePlan("nothing", sentences=(f"Nothing: a {record.recipe} session is not restored.",))
-    commit = next((row for row in reversed(record.commits) if row.state_path), None)
     problems = list(record.damage)
-    progress = None
-    if commit is not None:
-        try:
-            progress = Progress.from_loop_state(commit.loop_state)
-        except CheckpointError as error:
-            problems.append(f"checkpoint {commit.name}: {error}")
-        problems += _missing(commit, record.commits, backend)
+    commit, skipped = _loaded(record.commits, backend)
+    progress, recorded = None, []
+    if skipped and commit is None:
+        problems.append(f"{_lost(skipped)} Restore one, or start in a new log_path from row 0.")
+    try:
+        progress = Progress.from_loop_state(commit.loop_state) if commit is not None else None
+        recorded = _following(record.recorded(progress), 0 if progress is None else progress.step)
+    except CheckpointError as error:
+        problems.append(str(error) if commit is None else f"checkpoint {commit.name}: {error}")
     if problems:
         return RestorePlan(
             "fail",
             checkpoint=None if commit is None else commit.name,
             step=0 if commit is None else commit.step,
             problems=tuple(problems),
-            sentences=("It would end with an error, and change nothing:", *problems),
+            sentences=("It would end with an error:", *problems),
         )
     resources = tuple(_resource(record, wanted, backend) for wanted in record.wanted)
     if record.recipe == _EVALUATION:
         first = "It would go on with what is not answered yet; answers and verdicts that are kept stay."
         return RestorePlan("resume", resources=resources, sentences=_sentences(first, [], resources))
     if commit is None or progress is None:
-        return _from_the_start(record, resources)
-    return _from_commit(record, commit, progress, resources)
+        return _from_the_start(record, recorded, resources)
+    plan = _from_commit(record, commit, progress, recorded, resources)
+    if skipped:
+        told = f"{_lost(skipped)} {'It' if len(skipped) == 1 else 'They'} would be passed over."
+        plan = replace(plan, passed_over=tuple(row.name for row in skipped), sentences=(told, *plan.sentences))
+    return plan
 
 
-def _from_the_start(record: DiskRecord, resources: tuple[ResourcePlan, ...]) -> RestorePlan:
+def _from_the_start(
+    record: DiskRecord, recorded: Sequence[RecordedStep], resources: tuple[ResourcePlan, ...]
+) -> RestorePlan:
     begin = record.config.get("init_from_checkpoint")
     weights = f"the weights of init_from_checkpoint {begin}" if begin else "the weights of base_model"
     first = f"Nothing is committed: it would start at row 0, with {weights} and a fresh optimizer."
     repeated = record.last_step or 0
-    recorded = _recorded(record, 0)
     return RestorePlan(
         "start",
         repeated_steps=repeated,
@@ -183,10 +192,13 @@ def _from_the_start(record: DiskRecord, resources: tuple[ResourcePlan, ...]) -> 
 
 
 def _from_commit(
-    record: DiskRecord, commit: CheckpointRow, progress: Progress, resources: tuple[ResourcePlan, ...]
+    record: DiskRecord,
+    commit: CheckpointRow,
+    progress: Progress,
+    recorded: Sequence[RecordedStep],
+    resources: tuple[ResourcePlan, ...],
 ) -> RestorePlan:
     is_sampled = record.recipe == _SAMPLED
-    recorded = _recorded(record, progress.step)
     epoch = progress.epoch + 1
     where = f"row {progress.position:,}" + (f" of epoch {epoch}" if not is_sampled else "")
     first = (
@@ -238,30 +250,32 @@ def _again(record: DiskRecord, step: int, recorded: Sequence[RecordedStep]) -> l
     return sentences
 
 
-def _recorded(record: DiskRecord, step: int) -> list[RecordedStep]:
+def _following(recorded: Sequence[RecordedStep], step: int) -> list[RecordedStep]:
     """The recorded steps that follow upon `step` without a gap."""
-    usable = {entry.step: entry for entry in record.recorded}
+    usable = {entry.step: entry for entry in recorded}
     found: list[RecordedStep] = []
     while step + len(found) in usable:
         found.append(usable[step + len(found)])
     return found
 
 
-def _missing(commit: CheckpointRow, rows: Sequence[CheckpointRow], backend: BackendView) -> list[str]:
-    """What is wrong when the backend does not have the commit that would be loaded."""
-    states = [ref for ref in snapshots_of(commit) if ref.kind == CheckpointKind.STATE]
-    if backend.snapshots is None or not states or states[0] in backend.snapshots:
-        return []
-    there = [row for row in rows if any(ref in backend.snapshots for ref in snapshots_of(row) if ref.kind == "state")]
-    remedy = "remove checkpoints.jsonl, to start at row 0"
-    if there:
-        first = rows.index(there[-1]) + 2
-        which = f"row {first}" if first == len(rows) else f"rows {first} to {len(rows)}"
-        remedy = f"remove {which} of checkpoints.jsonl, to go on from {there[-1].name}"
-    return [
-        f"checkpoint {commit.name}: the {states[0]} is not on the {backend.name} backend, or not whole. Restore it; or "
-        f"{remedy}; or use a new log_path."
-    ]
+def _loaded(rows: Sequence[CheckpointRow], backend: BackendView) -> tuple[CheckpointRow | None, list[CheckpointRow]]:
+    """The newest commit that the backend has, as far as it was asked, and the later ones, newest first."""
+    skipped: list[CheckpointRow] = []
+    for row in reversed(rows):
+        states = [ref for ref in snapshots_of(row) if ref.kind == CheckpointKind.STATE]
+        if not row.state_path:
+            continue
+        if backend.snapshots is None or not states or states[0] in backend.snapshots:
+            return row, skipped
+        skipped.append(row)
+    return None, skipped
+
+
+def _lost(rows: Sequence[CheckpointRow]) -> str:
+    names = ", ".join(row.name for row in reversed(rows))
+    what = f"Checkpoint {names} is" if len(rows) == 1 else f"Checkpoints {names} are"
+    return f"{what} not on the backend, or not whole."
 
 
 # -- trainers and deployments ------------------------------------------------------------------------------------------

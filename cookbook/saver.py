@@ -19,7 +19,7 @@ from cookbook.recovery import is_retried
 
 __all__ = ["Saver"]
 
-CLOSE_TIMEOUT_S = 10.0
+CLOSE_TIMEOUT_S = 5.0
 """Seconds that a save under way has to be committed when the run ends before its time."""
 
 logger = logging.getLogger(__name__)
@@ -31,27 +31,42 @@ class Saver:
     For use from one thread.
     """
 
-    def __init__(self, retry: RetryConfig, after_commit: Callable[[str], None]) -> None:
+    def __init__(self, retry: RetryConfig) -> None:
         """
         Args:
             retry: how a row that cannot be written is tried again.
-            after_commit: called with the name of each commit, in the background; it raises nothing.
         """
         self._retry = retry
-        self._after_commit = after_commit
         self._commit: Future[None] | None = None
         self._thread: threading.Thread | None = None
 
-    def begin(self, checkpoint: PendingCheckpoint) -> None:
+    def begin(self, checkpoint: PendingCheckpoint, after_commit: Callable[[], None] = lambda: None) -> None:
         """Commit a checkpoint in the background, as soon as the trainer has confirmed it.
 
-        Only after `settle`: with another one under way its rows could change places.
+        Only after `settle`: with another one under way their rows could change places.
+
+        Args:
+            after_commit: called in the background once it is a commit, and after the one of the commit before; it
+                raises nothing.
         """
         assert self._commit is None, "the checkpoint before this one is settled first"
-        self._commit = Future()
+        outcome: Future[None] = Future()
+        before = self._thread
+
+        def work() -> None:
+            try:
+                self._append(checkpoint, checkpoint.confirm())
+            except BaseException as error:
+                outcome.set_exception(error)
+                return
+            outcome.set_result(None)
+            if before is not None:
+                before.join()
+            after_commit()
+
+        self._commit = outcome
         context = contextvars.copy_context()
-        work = (context.run, self._work, checkpoint, self._commit, self._thread)
-        self._thread = threading.Thread(target=work[0], args=work[1:], name="cookbook-commit", daemon=True)
+        self._thread = threading.Thread(target=context.run, args=(work,), name="cookbook-commit", daemon=True)
         self._thread.start()
 
     def settle(self, timeout_s: float | None = None) -> bool:
@@ -83,8 +98,12 @@ class Saver:
         if self._thread is not None:
             self._thread.join(timeout_s)
 
+    def give_up(self) -> None:
+        """No longer wait for what is under way; it may become a commit still."""
+        self._commit = self._thread = None
+
     def close(self) -> None:
-        """For a run that ends before its time: a commit under way has some seconds to come to its end. Raises nothing."""
+        """At a run's untimely end: a commit under way has some seconds to come to its own. Raises nothing."""
         deadline = Deadline(CLOSE_TIMEOUT_S)
         try:
             if not self.settle(deadline.remaining()):
@@ -93,18 +112,6 @@ class Saver:
             logger.warning("the last checkpoint is no commit: %s", error)
         if self._thread is not None:
             self._thread.join(deadline.remaining())
-
-    def _work(self, checkpoint: PendingCheckpoint, done: Future[None], before: threading.Thread | None) -> None:
-        try:
-            paths = checkpoint.confirm()
-            self._append(checkpoint, paths)
-        except BaseException as error:
-            done.set_exception(error)
-            return
-        done.set_result(None)
-        if before is not None:
-            before.join()  # its upkeep is older
-        self._after_commit(checkpoint.name)
 
     def _append(self, checkpoint: PendingCheckpoint, paths: dict[str, str]) -> None:
         for pause in self._retry.delays():

@@ -26,7 +26,7 @@ from cookbook.provisioning import LANDING_S
 from cookbook.run import RunDirectory, list_runs
 from cookbook.termination import undisturbed
 
-__all__ = ["Session", "open_session"]
+__all__ = ["FOLDER", "Session", "open_session"]
 
 FOLDER = "sessions"
 

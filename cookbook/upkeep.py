@@ -1,5 +1,5 @@
-"""What is done beside training once something was saved: old checkpoints, weight-sync snapshots and rollouts go, and the
-run directory is mirrored.
+"""What is done beside training once something was saved: what is not needed any more is deleted, and the run directory
+is mirrored.
 
 Nothing here ends a run or keeps it waiting for long: what fails is logged once each time that it begins to fail, is
 written to upkeep.json, and is tried again after the next commit. It may be killed at any moment. What is deleted is

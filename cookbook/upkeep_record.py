@@ -59,14 +59,14 @@ class UpkeepRecord:
 
     def failed(self, part: str, problem: str) -> None:
         """The part could not do its work; it will try again. Raises LeaseLost as `note`."""
-        if part not in self._failing:
-            self._failing.add(part)
-            logger.warning("%s of run %s failed, training goes on: %s", part, self._directory.run_id, problem)
         try:
             since = self.facts(part).get("since") or _now()
             self.note(part, {"problem": problem, "since": since})
-        except CheckpointError as error:  # a disk that is full, say: it was logged above
+        except CheckpointError as error:  # a disk that is full, say
             logger.debug("%s was not written: %s", UPKEEP_FILE, error)
+        if part not in self._failing:
+            self._failing.add(part)
+            logger.warning("%s of run %s failed, training goes on: %s", part, self._directory.run_id, problem)
 
 
 def read_upkeep(log_path: Path) -> dict[str, dict[str, Any]]:

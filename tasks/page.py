@@ -12,8 +12,11 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import copy_context
 from typing import Any
+from uuid import UUID
 
-from prefect.artifacts import create_markdown_artifact, create_table_artifact
+from prefect.artifacts import TableArtifact, create_markdown_artifact, create_table_artifact
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.actions import ArtifactUpdate
 from prefect.context import FlowRunContext
 from prefect.logging import get_run_logger
 
@@ -86,6 +89,9 @@ class Poster:
 _poster = Poster()
 post = _poster.post
 
+_tables: dict[tuple[str | None, str], UUID] = {}
+"""(Page, key) -> the table that is shown there."""
+
 
 def show_report(markdown: str, *, key: str, description: str) -> None:
     """Show a text on the page, in place of the one that had this key, after all that was shown before."""
@@ -96,7 +102,17 @@ def show_report(markdown: str, *, key: str, description: str) -> None:
 
 
 def show_table(rows: Sequence[Mapping[str, Any]], *, key: str, description: str) -> None:
-    """Show rows on the page, which all have the same keys."""
+    """Show rows on the page, which all have the same keys, in place of those that it showed under this key."""
     if has_page():
         table = [dict(row) for row in rows]
-        post(key, lambda: create_table_artifact(table, key=key, description=description))
+        post(key, lambda: _send_table(table, key, description))
+
+
+def _send_table(table: list[dict[str, Any]], key: str, description: str) -> None:
+    """In place: a version for each of the tables of a run of hours would fill the server's database."""
+    shown = (page_id(), key)
+    if shown not in _tables:
+        _tables[shown] = create_table_artifact(table, key=key, description=description)  # type: ignore[assignment]
+        return
+    data = TableArtifact(table=table).format(_sync=True)  # type: ignore[call-arg]
+    get_client(sync_client=True).update_artifact(_tables[shown], ArtifactUpdate(data=data))

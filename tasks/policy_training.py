@@ -24,12 +24,12 @@ def score_reference(run: RLRun, step: CollectedStep) -> ReferenceLogprobs | None
     return reference_logprobs(run, step)
 
 
-@recorded(deadline=lambda config: config.step_timeout_s, retried=True)
+@recorded(deadline=lambda config: 3 * config.step_timeout_s, retried=True)
 def reference_logprobs(run: RLRun, step: CollectedStep) -> ReferenceLogprobs:
-    """Logprobs of the completions under the reference.
+    """Logprobs of the completions under the reference, whose session is opened again once where it was lost.
 
     Raises:
-        TrainerLost: its trainer is gone, also after one reconnect.
+        TrainerLost: its trainer is gone, or late.
     """
     assert run.reference is not None
     return run.reference.completion_logprobs(step.groups)

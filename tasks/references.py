@@ -64,7 +64,7 @@ def fill_references(run: DPORun, progress: Progress) -> None:
 def check_cache(run: DPORun) -> None:
     """Compare a cached pair with the untrained policy, which is the reference."""
     assert run.cache is not None, "preflight_pairs comes first"
-    check_reference_cache(run.cache, run.client, run.pairs.reference_pairs())
+    check_reference_cache(run.cache, run.client, run.pairs.reference_pairs(), timeout_s=run.config.step_timeout_s)
 
 
 @recorded(deadline=lambda config: config.step_timeout_s, retried=False)

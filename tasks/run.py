@@ -28,6 +28,7 @@ from cookbook.files import read_jsonl
 from cookbook.ledger import ResourceLedger
 from cookbook.provisioning import ControlPlane, PromotedModel, TrainerHandle, connect, release_trainers
 from cookbook.run import Progress, RunDirectory
+from cookbook.saver import Saver
 from cookbook.summary import RunSummary
 from cookbook.termination import is_interrupt
 from cookbook.tracking import LOSS, GoesOn, Tracker, open_tracker
@@ -43,6 +44,12 @@ __all__ = ["Run", "api_key", "due", "due_at_start", "run_name"]
 
 SECRET_BLOCK = "fireworks-api-key"
 EVALUATION_GROUP = "eval/"
+LAST_UPKEEP_S = 60.0
+"""Seconds for what is done after the last commit."""
+LAST_COPY_S = 120.0
+"""Seconds for the last copy to a mirror."""
+URGENT_COPY_S = 3.0
+"""The same of a run that was told to stop."""
 URGENT_CALL_S = 4.0
 """Seconds for each call that frees something when the run was told to stop."""
 
@@ -108,6 +115,7 @@ class Run:
         self._control: ControlPlane | None = None
         self._client: ReconnectableClient | None = None
         self._closing = ExitStack()
+        self.saver = self.closed_at_end(Saver(config.retry))
         self._noted: dict[str, float | None] = {}
 
     def closed_at_end(self, part: P) -> P:
@@ -204,12 +212,18 @@ class Run:
         return found
 
     def finish(self, progress: Progress) -> RunSummary:
-        """Release the trainer, record how the run ended, show it."""
+        """Release the trainer, record how the run ended, show it.
+
+        Raises:
+            CookbookError: the checkpoint that was being saved is none.
+        """
+        self.saver.finish(LAST_UPKEEP_S)
         self._release(delete=True)
         summary = self._summary(progress)
         self.directory.finish(summary)
         self.tracker.finish(summary)
         show_report(summary.to_markdown(), key=f"report-{self.directory.run_id}", description="Report")
+        self.upkeep.finish(LAST_COPY_S)
         return summary
 
     def fail(self, error: BaseException) -> None:
@@ -225,6 +239,7 @@ class Run:
             logger.warning("not everything could be released, it ends by itself when idle: %s", problem)
         with suppress(Exception):
             self.tracker.finish(error)
+        self.upkeep.finish(URGENT_COPY_S if is_interrupt(error) else LAST_COPY_S)
 
     def give_up(self) -> None:
         """End this start of the run; another follows in this process. What was provisioned is kept, to be found again
@@ -255,6 +270,7 @@ class Run:
 
     def _close(self) -> None:
         """Threads and connections of this start."""
+        self.records.unbroken.close()
         try:
             with suppress(Exception):  # what fails here must not keep hardware from being freed
                 self._closing.close()

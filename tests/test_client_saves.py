@@ -1,6 +1,5 @@
 """A save that is waited for in another thread while training goes on: what it holds, and what its failure does."""
 
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -10,7 +9,7 @@ from fireworks.training.sdk import AdamParams, TrainerJobManager
 from cookbook.client import ReconnectableClient
 from cookbook.data.datums import datum_from_row
 from cookbook.errors import RequestRejected, TrainerLost
-from tests.hostile import HostileTrainer
+from tests.hostile import HeldSaves, HostileTrainer
 from tests.running_backend import MODEL
 
 ADAM = AdamParams(learning_rate=1e-2)
@@ -39,30 +38,9 @@ def client(hostile):
     manager.close()
 
 
-class Saves:
-    """Answers of the hostile trainer to saves, held back until `answer` is set."""
-
-    def __init__(self, hostile):
-        self.answer = threading.Event()
-        self.asked = threading.Event()
-        self.result = {"path": "saved", "type": "save_weights"}
-        self.gone = threading.Event()
-        self._hostile = hostile
-        hostile.behave["retrieve_future"] = self._retrieve
-
-    def _retrieve(self, body):
-        if not body["request_id"].startswith("save_weights"):
-            return self._hostile._default("retrieve_future", body)
-        self.asked.set()
-        while not self.answer.wait(0.05):
-            if self._hostile.released.is_set():
-                return 410, {"detail": "the test is over"}
-        return 200, self.result
-
-
 @pytest.fixture
 def saves(hostile, client):
-    return Saves(hostile)
+    return HeldSaves(hostile)
 
 
 @pytest.fixture
@@ -85,7 +63,7 @@ def test_what_is_saved_is_what_was_trained_before_and_training_goes_on(manager, 
         path = client.resolve_checkpoint_path("client-pending", trainer)
         assert (client.saved_step(path), client.saved_step("client-pending")) == (1, 1)
         assert client.saved_step("never-saved") is None
-        with pytest.raises(RequestRejected, match="client-pending.*exists already"):
+        with pytest.raises(RequestRejected, match=r"client-pending.*exists already"):
             client.begin_save_state("client-pending").result()
         step(client)
 
@@ -112,7 +90,7 @@ def test_a_save_that_fails_in_the_background_ends_what_the_main_thread_waits_for
             failed.result(10)
     assert time.monotonic() - started < 5
     assert client.is_lost
-    with pytest.raises(TrainerLost, match="was not sent: trainer job is lost: save_state.*disk on fire"):
+    with pytest.raises(TrainerLost, match=r"was not sent: trainer job is lost: save_state.*disk on fire"):
         step(client)
 
 

@@ -12,6 +12,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
+import yaml
 from fireworks.training.sdk import DeploymentConfig, TrainerJobConfig
 from typer.testing import CliRunner
 
@@ -344,3 +345,12 @@ def test_whether_workers_live_is_known_without_asking_the_backend(backend, train
     assert not embedded.has_workers(tmp_path)
     record.write_text(json.dumps({"pid": os.getpid(), "port": 1}))
     assert embedded.has_workers(tmp_path)
+
+
+def test_the_flow_is_scheduled_in_a_queue_of_its_own():
+    deployments = yaml.safe_load((Path(__file__).parents[1] / "prefect.yaml").read_text())["deployments"]
+    janitor = next(deployment for deployment in deployments if deployment["name"] == "janitor")
+    assert [schedule["interval"] for schedule in janitor["schedules"]] == [300]
+    assert janitor["concurrency_limit"] == {"limit": 1, "collision_strategy": "CANCEL_NEW"}
+    others = {deployment["work_pool"].get("work_queue_name") for deployment in deployments if deployment != janitor}
+    assert janitor["work_pool"]["work_queue_name"] not in others

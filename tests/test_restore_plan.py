@@ -67,15 +67,16 @@ def test_a_finished_run_does_nothing_unless_its_record_is_damaged():
     assert plan_restore(damaged, NOT_ASKED).problems == ("checkpoints.jsonl, line 2 is not a JSON object.",)
 
 
-def test_a_commit_that_the_backend_lacks_is_an_error_that_names_the_row_and_the_one_before():
+def test_a_commit_that_the_backend_lacks_is_passed_over_and_an_error_where_there_is_no_other():
     rows = (commit(replace(PROGRESS, step=20)), commit())
     everything = [ref for row in rows for ref in snapshots_of(row)]
     assert plan_restore(run(*rows), BackendView("embedded", snapshots=everything)).action == "resume"
     plan = plan_restore(run(*rows), BackendView("embedded", snapshots=everything[:1]))
-    assert plan.action == "fail"
-    assert "remove row 2 of checkpoints.jsonl, to go on from step-20" in plan.problems[0]
+    assert (plan.action, plan.checkpoint, plan.passed_over) == ("resume", "step-20", ("step-40",))
+    assert plan.sentences[0] == "Checkpoint step-40 is not on the backend, or not whole. It would be passed over."
     plan = plan_restore(run(*rows), BackendView("embedded", snapshots=[]))
-    assert "remove checkpoints.jsonl, to start at row 0" in plan.problems[0]
+    assert plan.action == "fail"
+    assert plan.problems[0].startswith("Checkpoints step-20, step-40 are not on the backend, or not whole.")
 
 
 def test_a_commit_of_another_program_is_an_error_that_says_what_it_lacks():
@@ -86,7 +87,7 @@ def test_a_commit_of_another_program_is_an_error_that_says_what_it_lacks():
 
 def test_recorded_groups_are_trained_again_as_far_as_they_follow_upon_the_commit():
     recorded = tuple(RecordedStep(step, num_groups=4) for step in (39, 40, 41, 42, 44))
-    plan = plan_restore(run(commit(), recipe="rl", recorded=recorded, last_step=47), NOT_ASKED)
+    plan = plan_restore(run(commit(), recipe="rl", recorded=lambda progress: recorded, last_step=47), NOT_ASKED)
     assert (plan.recorded_steps, plan.recorded_groups, plan.repeated_steps) == (3, 12, 7)
     assert plan.sentences[2] == (
         "12 recorded groups of steps 41 to 43 would be trained as they were; what follows would be sampled."

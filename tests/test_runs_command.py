@@ -170,7 +170,7 @@ def test_a_backend_that_runs_says_what_it_has(backend, home, tmp_path):
     weights.write_bytes(weights.read_bytes()[:-1])
     told = shown("run", "--home", str(backend.home))
     assert [row["on_backend"] for row in told["checkpoints"]] == ["yes", "damaged"]
-    assert "remove row 2 of checkpoints.jsonl, to go on from step-20" in told["restore"]["problems"][0]
+    assert (told["restore"]["checkpoint"], told["restore"]["passed_over"]) == ("step-20", ["step-40"])
 
 
 def test_fireworks_is_asked_only_with_a_key_and_not_for_long(home, tmp_path, monkeypatch):

@@ -10,12 +10,14 @@ import pytest
 from fireworks.training.sdk import AdamParams, DeploymentConfig
 
 from cookbook.client import ReconnectableClient
-from cookbook.config import WeightSyncConfig
+from cookbook.config import StorageConfig, WeightSyncConfig
 from cookbook.control_plane import ControlPlane
 from cookbook.data.datums import datum_from_row
 from cookbook.deployments import DeploymentHandle
 from cookbook.errors import TrainerLost, WeightSyncError
 from cookbook.provisioning import TrainerHandle
+from cookbook.run import RunDirectory
+from cookbook.upkeep import Upkeep
 from cookbook.weight_sync import SyncState, WeightSync
 from tests.hostile import HostileTrainer
 from tests.running_backend import MODEL
@@ -145,6 +147,29 @@ def test_a_name_is_never_used_twice_and_a_new_session_starts_whole(control, depl
         assert greedy(control, deployment)[2] == retried
         kinds = {row["name"].rsplit("/")[-1]: row["checkpointType"] for row in control.jobs.list_checkpoints(job)}
         assert kinds[retried].endswith("INFERENCE_BASE")
+    control.jobs.delete(job)
+
+
+def test_snapshots_that_nothing_will_load_any_more_go(control, deployment, start_trainer, backend, tmp_path):
+    job = start_trainer("synced-often", 4)
+    config = {"backend": "embedded"}
+    with (
+        RunDirectory.open(tmp_path / "run", recipe="rl", config=config, home=backend.home) as directory,
+        ReconnectableClient(control.jobs, job, MODEL, 4) as client,
+        WeightSync(control, *handles(control, job, deployment), client, WeightSyncConfig()) as syncs,
+    ):
+        upkeep = Upkeep(directory, StorageConfig(), backend.home)
+        versions = []
+        for step in range(5):
+            versions.append(syncs.sync(f"step-{step}", first=step == 0).version)
+            assert syncs.owns(versions[-1])
+            upkeep.after_sync(control, syncs)
+        upkeep.finish(20)
+        assert greedy(control, deployment)[2] == versions[-1]
+        kept = [row["name"].rpartition("/")[2] for row in control.list_checkpoints(job)]
+        assert kept == versions[-2:]
+        assert (syncs.needless(), syncs.owns(versions[0]), syncs.owns("step-4-1-00000000")) == ([], True, True)
+        assert not syncs.owns("step-9-1-00000000")
     control.jobs.delete(job)
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from cookbook.data.rollout_datums import completion_logprobs, forward_datums
+from cookbook.deadlines import Deadline
 from cookbook.errors import LogprobMismatch, SamplingError
 from cookbook.rollouts.ledger import sampling_seed
 from cookbook.rollouts.records import Completion, PromptGroup
@@ -75,7 +76,7 @@ def check_logprobs(
         rows: a few rows of the data; each is completed `completions` times, at temperature 1.
         version: the snapshot that was synced.
         limit: nats, `logprob_check_limit`.
-        timeout_s: seconds for the sampling, and again for the forward pass.
+        timeout_s: seconds for all of it; None = what each request may take.
 
     Raises:
         LogprobMismatch: 1% of the tokens differ by more than `limit`. Another version is served, the precision or a
@@ -100,6 +101,7 @@ def check_logprobs(
         ]
         return await all_of(requests)
 
+    deadline = None if timeout_s is None else Deadline(timeout_s)
     answers = policy.run(sample(), timeout_s)
     others = sorted({answer.version for answer in answers} - {version})
     if others:
@@ -107,7 +109,8 @@ def check_logprobs(
     groups = [_as_group(row, answer) for (row, _), answer in zip(jobs, answers, strict=True) if answer.tokens]
     if not groups:
         raise SamplingError(f"all {len(answers)} completions of the logprob check are empty.")
-    output = client.forward(forward_datums(groups), "cross_entropy", timeout_s=timeout_s)
+    left_s = None if deadline is None else deadline.for_call()
+    output = client.forward(forward_datums(groups), "cross_entropy", timeout_s=left_s)
     logprobs = [result["logprobs"].to_torch() for result in output.loss_fn_outputs]
     trainer = [value for values in completion_logprobs(groups, logprobs) for value in values]
     sampler = [value for group in groups for value in group.completions[0].rollout_logprobs]

@@ -121,6 +121,18 @@ def test_failed_write_leaves_nothing(tmp_path: Path, error: Exception, raised: t
     assert list((tmp_path / "job-a" / "state").iterdir()) == []
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device that is always full is needed")
+def test_a_full_disk_is_told_from_other_errors(tmp_path: Path) -> None:
+    def write(folder: Path) -> dict[str, FileEntry]:
+        (folder / "weights").symlink_to("/dev/full")
+        return {"weights": write_file(folder / "weights", [memoryview(b"abc")])}
+
+    folder = snapshot_dir(tmp_path, "job-a", "state", "step-1")
+    with pytest.raises(CheckpointError, match="there is no room for it: No space left on device"):
+        write_snapshot(folder, manifest(), write)
+    assert list(folder.parent.iterdir()) == []
+
+
 def test_a_file_hashed_while_it_is_written_verifies_and_is_flushed_once(tmp_path: Path) -> None:
     content = bytes(range(256)) * 50_000
 

@@ -95,6 +95,7 @@ def differences(recipe: str, config: Mapping[str, Any], home: Path, undisturbed:
         return []
     has_ended = (path / "summary.json").exists()
     wrong = _different_steps(recipe, _metrics(path), _trained(config), undisturbed, has_ended=has_ended)
+    wrong += _disorder(path) + _incomplete_commits(path, home)
     if recipe == "rl":
         return wrong + _row_account(config, has_ended=has_ended)
     known = {_position(row) for row in read_checkpoints(path)}
@@ -169,6 +170,18 @@ def _metrics(path: Path) -> Metrics:
         values = {name: value for name, value in row.items() if name != "step" and not name.startswith(_TIMES)}
         found.setdefault(row["step"], {}).update(values)
     return found
+
+
+def _disorder(path: Path) -> list[str]:
+    """Training steps that are there twice, or after a later one: somebody wrote who should not have."""
+    steps = [row["step"] for row in read_jsonl(path / "metrics.jsonl") if "train/loss" in row]
+    return [] if steps == sorted(set(steps)) else [f"metrics.jsonl has the steps {steps}"]
+
+
+def _incomplete_commits(path: Path, home: Path) -> list[str]:
+    """Rows of checkpoints.jsonl whose state is not whole on the disk: they were written too early."""
+    rows = [row for row in read_checkpoints(path) if row.state_path]
+    return [f"commit {row.name} has no state" for row in rows if not (_snapshot(home, row) / "manifest.json").exists()]
 
 
 def _trained(config: Mapping[str, Any]) -> dict[int, frozenset[str]]:

@@ -9,10 +9,12 @@ From a test, `start` forks it off a server that has all imports done, in 0.1 s i
     process = driver.start("sft", config, log=tmp_path / "run.log", environment={"COOKBOOK_HOME": home}, kills=[...])
     status = driver.wait(process, timeout_s=60)     # 0 = done; -9 = killed; 1 = it ended with an error, see `log`
 
+`start` must be called from a main program that does nothing on import (pytest is one): the fork imports it.
+
 Kill points are in points.py, processes in processes.py. `PROCESS@POINT:N` is SIGKILL for PROCESS (flow, trainer,
 reference, deployment, control-plane or supervisor) when the flow passes POINT for the n-th time in this process, and
-`PROCESS@1.25s` at that moment; the flow goes on then, unless it was the flow. Each kill, each training step and each recorded group of rollouts is written
-to a journal beside the log (`journal`), which checks.py reads.
+`PROCESS@1.25s` at that moment; the flow goes on then, unless it was the flow. Each kill, each training step and each
+recorded group of rollouts is written to a journal beside the log (`journal`), which checks.py reads.
 """
 
 from __future__ import annotations
@@ -90,6 +92,10 @@ class _Killer:
         if kill.process == "flow":
             self._journal.write("kill", kill=str(kill), happened=True)
             os.kill(os.getpid(), signal.SIGKILL)
+        if kill.process == "pause":
+            self._journal.write("pause", point=kill.point)
+            os.kill(os.getpid(), signal.SIGSTOP)
+            return
         process = find_process(self._home, kill.process, _run_id(self._log_path))
         self._journal.write("kill", kill=str(kill), happened=process is not None)
         if process is not None:
@@ -126,15 +132,22 @@ def _note_training(journal: _Journal) -> None:
     from cookbook.rollouts.store import RolloutStore
 
     train_step, gradient = ReconnectableClient.train_step, ReconnectableClient.forward_backward_custom
-    write_step = RolloutStore.write_step
+    optim_step, write_step = ReconnectableClient.optim_step, RolloutStore.write_step
 
     def noted_train_step(self: Any, data: Any, *args: Any, **kwargs: Any) -> Any:
         journal.write("trained", step=self.step + 1, digest=_digest(data))
-        return train_step(self, data, *args, **kwargs)
+        result = train_step(self, data, *args, **kwargs)
+        journal.write("stepped", step=self.step)
+        return result
 
     def noted_gradient(self: Any, data: Any, *args: Any, **kwargs: Any) -> Any:
         journal.write("trained", step=self.step + 1, digest=_digest(data))
         return gradient(self, data, *args, **kwargs)
+
+    def noted_optim_step(self: Any, *args: Any, **kwargs: Any) -> Any:
+        result = optim_step(self, *args, **kwargs)
+        journal.write("stepped", step=self.step)
+        return result
 
     def noted_write_step(self: Any, step: int, collected: Any) -> Any:
         rows = [[row.row for row in rows] for rows in (collected.groups, collected.rejected)]
@@ -143,6 +156,7 @@ def _note_training(journal: _Journal) -> None:
 
     ReconnectableClient.train_step = noted_train_step  # type: ignore[method-assign]
     ReconnectableClient.forward_backward_custom = noted_gradient  # type: ignore[method-assign]
+    ReconnectableClient.optim_step = noted_optim_step  # type: ignore[method-assign]
     RolloutStore.write_step = noted_write_step  # type: ignore[method-assign]
 
 

@@ -18,7 +18,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ from tests.faults.runs import Place, config_of, home_of_suite, run_once
 __all__ = ["Cell", "KillResult", "run_cell"]
 
 KILLS_A_START = 4
+"""Armed at once. The first of the flow ends the start; those whose moment has not come stay for the next one."""
 MAX_FAILURES = 3
 """Starts in a row that may end with an error after a kill of something else than the flow."""
 
@@ -90,8 +91,9 @@ def run_cell(
     queue = list(kills_for(recipe, seed, seconds) if kills is None else kills)
     while queue:
         left = _Disturbed(cell, place, undisturbed, say).run(queue)
-        if left == queue:
-            cell.unreached.append(str(left.pop(0)))
+        if left == queue:  # all that was armed waited in vain, over a whole run
+            cell.unreached += map(str, left[:KILLS_A_START])
+            left = left[KILLS_A_START:]
         queue = left
     cell.seconds = round(time.monotonic() - began, 1)
     return cell
@@ -123,7 +125,7 @@ class _Disturbed:
         self._place.forget_references()
         failures = 0
         while True:
-            batch = _next_start(queue)
+            batch = queue[:KILLS_A_START]
             start = run_once(self._cell.recipe, self._config, self._place, batch)
             self._cell.starts += 1
             self._pending += start.happened
@@ -169,16 +171,6 @@ class _Disturbed:
         self._cell.results += [KillResult(self._cell.recipe, self._cell.seed, kill, not wrong, reason) for kill in done]
         if wrong and not done:
             self._cell.results.append(KillResult(self._cell.recipe, self._cell.seed, "none", False, reason))
-
-
-def _next_start(queue: Sequence[Kill]) -> list[Kill]:
-    """The kills of one start: some of other processes, up to the first of the flow, which ends it."""
-    batch: list[Kill] = []
-    for kill in queue[:KILLS_A_START]:
-        batch.append(kill)
-        if kill.process == "flow":
-            break
-    return batch
 
 
 def _last_line(log: Path) -> str:

@@ -33,8 +33,14 @@ PHASES: dict[str, tuple[str, ...]] = {
     "optimizer": ("cookbook.client:ReconnectableClient.optim_step",),
     "train_step": ("cookbook.client:ReconnectableClient.train_step",),
     "log": ("tasks.run:Run.log_step",),
-    "save": ("cookbook.client:ReconnectableClient.save_state",),
+    "save": ("cookbook.client:ReconnectableClient.begin_save_state",),
+    "save_confirmed": ("cookbook.checkpoints:PendingCheckpoint.confirm",),
     "commit": ("cookbook.checkpoints:append_jsonl",),
+    "upkeep": ("cookbook.upkeep:Upkeep.after_commit",),
+    "retire": ("cookbook.retention:_write_begun",),
+    "delete": ("cookbook.retention:delete_snapshot", "cookbook.upkeep:delete_snapshot"),
+    "mirror_object": ("cookbook.mirror_store:MirrorStore.write_object",),
+    "mirror_pointer": ("cookbook.mirror_store:MirrorStore.write_pointer",),
     "snapshot": ("cookbook.client:ReconnectableClient.save_weights_for_sampler_ext",),
     "hot_load": ("cookbook.weight_sync:WeightSync._load",),
     "verify": ("cookbook.weight_sync:WeightSync._verify",),
@@ -57,7 +63,7 @@ class Kill:
     """SIGKILL for `process` at the n-th passage of a point, counted from the start of the flow's process.
 
     As text: `flow@commit.before:2`. The process is "flow" or one of processes.ROLES. A moment that is no phase boundary
-    is given in seconds from the start: `trainer@1.25s`.
+    is given in seconds from the start: `trainer@1.25s`. `pause@...` is SIGSTOP for the flow: it lives, and does nothing.
     """
 
     process: str
@@ -69,8 +75,8 @@ class Kill:
     @classmethod
     def parse(cls, text: str) -> Kill:
         process, _, rest = text.partition("@")
-        if process not in ("flow", *ROLES):
-            raise ValueError(f"{text!r}: there is no process {process!r}. There are: flow, {', '.join(ROLES)}")
+        if process not in ("flow", "pause", *ROLES):
+            raise ValueError(f"{text!r}: there is no process {process!r}. There are: flow, pause, {', '.join(ROLES)}")
         if rest.endswith("s") and ":" not in rest:
             return cls.at(process, float(rest[:-1]))
         point, _, passage = rest.partition(":")

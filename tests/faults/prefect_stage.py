@@ -59,20 +59,22 @@ class Stage:
     """One Prefect server with its workers, below one folder. A context manager: everything is ended at the end."""
 
     def __init__(self, folder: Path, environment: Mapping[str, str]) -> None:
-        """`environment` is added to this process's; COOKBOOK_HOME must be in it."""
+        """`environment` is added to this process's. COOKBOOK_HOME must be in it; with PREFECT_API_URL in it, the stage
+        uses that server and has none of its own."""
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
         self.port = _free_port()
-        self.api = f"http://127.0.0.1:{self.port}/api"
+        own = {"PREFECT_HOME": str(folder / "prefect"), "PREFECT_API_URL": f"http://127.0.0.1:{self.port}/api"}
         self.environment = {
             **os.environ,
-            **environment,
-            "PREFECT_HOME": str(folder / "prefect"),
-            "PREFECT_API_URL": self.api,
+            **own,
             "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
             "PREFECT_SERVER_UI_ENABLED": "false",
             "PREFECT_WORKER_QUERY_SECONDS": "2",
+            **environment,
         }
+        self.api = self.environment["PREFECT_API_URL"]
+        self.home = Path(self.environment["COOKBOOK_HOME"])
         self.workers: list[subprocess.Popen[bytes]] = []
         self._server: subprocess.Popen[bytes] | None = None
         self._client = httpx.Client(base_url=self.api, timeout=30, trust_env=False)
@@ -106,12 +108,14 @@ class Stage:
         self._server.wait()
         self._server = None
 
-    def deploy(self) -> None:
-        """Make the work pool, and deploy all of prefect.yaml as the README says; the janitor runs only when told to."""
+    def make_pool(self) -> None:
+        """Make the work pool as the README says."""
         self.prefect("work-pool", "create", POOL, "--type", "process")
+
+    def deploy(self) -> None:
+        """Deploy all of prefect.yaml as the README says. The janitor is paused: it runs only when it is told to."""
         self.prefect("--no-prompt", "deploy", "--all")
-        janitor = self._get("/deployments/name/janitor/janitor")["id"]
-        self._client.patch(f"/deployments/{janitor}", json={"paused": True}).raise_for_status()
+        self.call("PATCH", f"/deployments/{self.deployment('janitor')['id']}", {"paused": True})
 
     def start_worker(self) -> subprocess.Popen[bytes]:
         """One more worker on the pool."""
@@ -161,6 +165,21 @@ class Stage:
         assert done.returncode == 0, f"prefect {' '.join(arguments)}\n{done.stdout}\n{done.stderr}"
         return done.stdout
 
+    def call(self, method: str, path: str, body: Any = None) -> Any:
+        """A call of the server's API; its answer. Waits for a server that is being restarted, or whose database is
+        locked; a lost answer is asked for again."""
+        deadline = time.monotonic() + 90
+        while True:
+            try:
+                answer = self._client.request(method, path, json=body)
+                if answer.status_code != 503:
+                    return answer.raise_for_status().json() if answer.content else None
+            except httpx.TransportError:
+                if time.monotonic() > deadline:
+                    raise
+            assert time.monotonic() < deadline, f"the server answers {method} {path} with 503"
+            time.sleep(0.5)
+
     # -- flow runs -----------------------------------------------------------------------------------------------------
 
     def submit(self, recipe: str, config: Mapping[str, Any], variables: Mapping[str, str] | None = None) -> str:
@@ -169,15 +188,19 @@ class Stage:
         Args:
             variables: environment variables of this flow run alone.
         """
-        deployment = self._get(f"/deployments/name/{recipe}/{recipe}")["id"]
+        deployment = self.deployment(recipe)["id"]
         body: dict[str, Any] = {"parameters": {"config": dict(config)}, "state": {"type": "SCHEDULED"}}
         if variables:
             body["job_variables"] = {"env": dict(variables)}
-        return str(self._post(f"/deployments/{deployment}/create_flow_run", body)["id"])
+        return str(self.call("POST", f"/deployments/{deployment}/create_flow_run", body)["id"])
+
+    def deployment(self, recipe: str) -> dict[str, Any]:
+        """A deployment as the server has it."""
+        return dict(self.call("GET", f"/deployments/name/{recipe}/{recipe}"))
 
     def flow_run(self, run_id: str) -> dict[str, Any]:
         """The flow run as the server has it."""
-        return self._get(f"/flow_runs/{run_id}")
+        return dict(self.call("GET", f"/flow_runs/{run_id}"))
 
     def state(self, run_id: str) -> str:
         """Type of the flow run's state, `COMPLETED` and the like."""
@@ -185,13 +208,13 @@ class Stage:
 
     def history(self, run_id: str) -> list[str]:
         """Names of all states the flow run went through."""
-        states = self._get("/flow_run_states/", params={"flow_run_id": run_id})
+        states = self.call("GET", f"/flow_run_states/?flow_run_id={run_id}")
         return [state["name"] for state in sorted(states, key=lambda state: state["timestamp"])]
 
     def logs(self, run_id: str) -> list[str]:
         """The newest lines of the flow run's page, the newest first."""
         body = {"logs": {"flow_run_id": {"any_": [run_id]}}, "sort": "TIMESTAMP_DESC", "limit": 100}
-        return [log["message"] for log in self._post("/logs/filter", body)]
+        return [log["message"] for log in self.call("POST", "/logs/filter", body)]
 
     # -- ways to bring a flow run on -----------------------------------------------------------------------------------
 
@@ -202,7 +225,7 @@ class Stage:
     def retry_button(self, run_id: str, *, force: bool = False) -> dict[str, Any]:
         """What the UI's Retry button sends: without force in the UI of Prefect 2 and 3, with force in its new UI."""
         state = {"type": "SCHEDULED", "name": "AwaitingRetry", "message": "Retry from the UI"}
-        return self._post(f"/flow_runs/{run_id}/set_state", {"state": state, "force": force})
+        return dict(self.call("POST", f"/flow_runs/{run_id}/set_state", {"state": state, "force": force}))
 
     def retried(self, run_id: str, retry: Callable[[str], object], *, settle_s: float = 4.0) -> int:
         """Wait until all reports of a death are in, look again, retry; again where a later one undid it. How often."""
@@ -235,23 +258,6 @@ class Stage:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
-
-    def _get(self, path: str, **options: Any) -> Any:
-        return self._request("GET", path, **options)
-
-    def _post(self, path: str, body: Mapping[str, Any]) -> Any:
-        return self._request("POST", path, json=body)
-
-    def _request(self, method: str, path: str, **options: Any) -> Any:
-        """Waits for a server that is being restarted. A call whose answer was lost is made again."""
-        deadline = time.monotonic() + 90
-        while True:
-            try:
-                return self._client.request(method, path, **options).raise_for_status().json()
-            except httpx.TransportError:
-                if time.monotonic() > deadline:
-                    raise
-                time.sleep(0.5)
 
 
 def _ended(process: subprocess.Popen[bytes], timeout_s: float = 15) -> None:

@@ -50,11 +50,11 @@ _PROBE = _legal("3.1", "408", "429", "500", "502", "503", "504", *_CONNECTION)
 
 
 def _control(name: str, method: str, path: str, *more: Legal) -> Endpoint:
-    return Endpoint(name, method, path, (*_CONTROL, *more), rate=0.6, in_a_row=2)
+    return Endpoint(name, method, path, (*_CONTROL, *more), rate=0.75, in_a_row=2)
 
 
-def _submit(name: str) -> Endpoint:
-    return Endpoint(name, "POST", f"{_TRAINER}/{name}", _SUBMIT, rate=0.55, in_a_row=3)
+def _submit(name: str, key: str | None = None) -> Endpoint:
+    return Endpoint(name, "POST", f"{_TRAINER}/{name}", _SUBMIT, rate=0.65, in_a_row=3, key=key)
 
 
 COMPLETIONS = Endpoint("completions", "POST", r"/inference/v1/completions", _COMPLETION, rate=0.3, in_a_row=3)
@@ -79,8 +79,8 @@ LEGAL_FAULTS: tuple[Endpoint, ...] = (
     _control("trainer delete", "DELETE", _JOB),
     _control("deployment delete", "DELETE", f"{_DEPLOYMENTS}/[^/]+"),
     # the trainer's data plane (section 2)
-    _submit("create_session"),
-    _submit("create_model"),
+    _submit("create_session", key=""),  # another body each time
+    _submit("create_model", key=""),
     _submit("get_info"),
     _submit("forward"),
     _submit("forward_backward"),
@@ -90,7 +90,7 @@ LEGAL_FAULTS: tuple[Endpoint, ...] = (
     _submit("save_weights_for_sampler"),
     _submit("unload_model"),
     Endpoint("list_checkpoints", "GET", f"{_TRAINER}/list_checkpoints", _SUBMIT[:-1], rate=0.6, in_a_row=3),
-    Endpoint("retrieve_future", "POST", f"{_TRAINER}/retrieve_future", _FUTURE, rate=0.5, in_a_row=3, key="request_id"),
+    Endpoint("retrieve_future", "POST", f"{_TRAINER}/retrieve_future", _FUTURE, rate=0.65, in_a_row=3, key="request_id"),
     Endpoint("session_heartbeat", "POST", f"{_TRAINER}/session_heartbeat", _PROBE, rate=0.5, in_a_row=2),
     # checkpoints (3.5)
     _control("checkpoint list", "GET", f"{_JOB}/checkpoints"),

@@ -8,7 +8,9 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
+from pathlib import Path
 
+import httpx
 import pytest
 
 from cookbook import embedded
@@ -26,8 +28,9 @@ QUICK = {"settle_s": 8, "grace_s": 0, "pending_s": 25}
 @pytest.fixture(scope="module")
 def stage(tmp_path_factory):
     home = tmp_path_factory.mktemp("home")
-    with Stage(tmp_path_factory.mktemp("stage"), home) as stage:
+    with Stage(tmp_path_factory.mktemp("stage"), {"COOKBOOK_HOME": str(home)}) as stage:
         stage.start_server()
+        stage.make_pool()
         stage.deploy()
         stage.start_worker()
         yield stage
@@ -46,12 +49,28 @@ def undisturbed(stage, tmp_path_factory):
 
 def workers_of(stage):
     """Trainers and deployments that have a process."""
-    return [found for found in backend_processes(stage.home) if found.role in ("trainer", "reference", "deployment")]
+    return [
+        found
+        for found in backend_processes(Path(stage.environment["COOKBOOK_HOME"]))
+        if found.role in ("trainer", "reference", "deployment")
+    ]
+
+
+def submitted(stage, flow, config):
+    """A flow run of a deployment; a server that is busy on few cores is asked again."""
+    for _ in range(5):
+        try:
+            return stage.submit(flow, config)
+        except httpx.HTTPStatusError as error:
+            if error.response.status_code != 503:
+                raise
+        time.sleep(2)
+    raise AssertionError("the Prefect server answers 503")
 
 
 def run_janitor(stage):
     """One turn of the janitor, on a worker."""
-    run_id = stage.submit("janitor", QUICK)
+    run_id = submitted(stage, "janitor", QUICK)
     until(lambda: stage.state(run_id) in FINAL, 120, "the janitor ends", poll_s=0.5)
     assert stage.state(run_id) == "COMPLETED", stage.logs(run_id)
 
@@ -69,13 +88,13 @@ def kill_worker(stage):
         worker.wait()
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("killed", ["flow", "worker", "both"])
 def test_a_flow_run_that_dies_at_a_random_moment_is_brought_to_its_end(stage, undisturbed, tmp_path, killed, seed):
     """Also before it has started; with its worker gone, by one that is started afterwards."""
     log_path = tmp_path / "run"
     parameters = {**undisturbed, "log_path": str(log_path)}
-    run_id = stage.submit("sft", parameters)
+    run_id = submitted(stage, "sft", parameters)
     until(lambda: stage.state(run_id) not in ("SCHEDULED",), 60, "a worker takes the flow run")
     time.sleep(random.Random(f"{killed} {seed}").uniform(0, 12))
     if killed != "flow":
@@ -97,9 +116,9 @@ def test_a_flow_run_that_dies_at_a_random_moment_is_brought_to_its_end(stage, un
 
 def test_a_cancelled_flow_run_frees_everything_and_is_not_retried(stage, undisturbed, tmp_path):
     parameters = {**undisturbed, "log_path": str(tmp_path / "run"), "epochs": 200}
-    run_id = stage.submit("sft", parameters)
+    run_id = submitted(stage, "sft", parameters)
     until(lambda: max(losses(parameters), default=0) >= 3, 120, "training begins")
-    stage._post(f"/flow_runs/{run_id}/set_state", {"state": {"type": "CANCELLING"}})
+    stage.call("POST", f"/flow_runs/{run_id}/set_state", {"state": {"type": "CANCELLING"}})
     until(lambda: stage.state(run_id) == "CANCELLED", 60, "the flow run is cancelled")
     until(lambda: workers_of(stage) == [], 30, "its trainer is freed")
     assert flow_process(tmp_path / "run") is None

@@ -46,9 +46,10 @@ def place(tmp_path_factory):
 def stage(place):
     with Stage(place.folder / "stage", place.environment) as stage:
         stage.start_server()
+        stage.make_pool()
+        stage.start_worker()
+        stage.start_worker()
         stage.deploy()
-        stage.start_worker()
-        stage.start_worker()
         yield stage
 
 

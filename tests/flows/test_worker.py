@@ -1,12 +1,11 @@
-"""The deployment of prefect.yaml, for real: deploy, a worker in its own process, a run from submitted parameters."""
+"""The deployments of prefect.yaml, for real: deploy, workers in processes of their own, runs from submitted parameters.
+
+How each way of going on fares under many kills: tests/faults/test_prefect_kills.py.
+"""
 
 import json
 import os
 import signal
-import subprocess
-import sys
-import time
-from contextlib import suppress
 from pathlib import Path
 
 import httpx
@@ -14,151 +13,58 @@ import pytest
 
 from cookbook.config import Environment
 from cookbook.control_plane import connect
-from tests.flows.helpers import losses, sft_parameters, wait_for
-
-CHECKOUT = Path(__file__).parents[2]
-
-
-def prefect(*arguments, environment, timeout_s=120):
-    done = subprocess.run(
-        [sys.executable, "-m", "prefect", *arguments],
-        cwd=CHECKOUT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=timeout_s,
-        check=False,
-    )
-    assert done.returncode == 0, f"prefect {' '.join(arguments)}\n{done.stdout}\n{done.stderr}"
-    return done.stdout
+from tests.faults.prefect_stage import Stage, flow_process, until
+from tests.flows.helpers import losses, run_here, sft_parameters
 
 
 @pytest.fixture(scope="module")
-def workers():
-    """Worker processes, ended with the module."""
-    processes = []
-    yield processes
-    for process in processes:
-        process.terminate()
-    for process in processes:
-        process.wait(30)
+def stage(environment, tmp_path_factory):
+    with Stage(tmp_path_factory.mktemp("stage"), environment) as stage:
+        stage.make_pool()
+        stage.start_worker()  # it starts while the deployments are made
+        stage.deploy()
+        yield stage
 
 
-@pytest.fixture(scope="module")
-def worker(environment, workers, tmp_path_factory):
-    prefect("work-pool", "create", "cookbook", "--type", "process", environment=environment)
-    prefect("--no-prompt", "deploy", "--all", environment=environment)
-    pause_the_janitor(environment)  # the tests say when it runs
-    workers.append(start_worker(environment, tmp_path_factory.mktemp("worker")))
-    return environment
+def test_a_submitted_run_that_is_killed_twice_ends_as_an_undisturbed_one(
+    stage, environment, backend_home, tiny_model, rows_file, tmp_path
+):
+    """First its process alone, and Prefect's retry brings it on; then its worker as well, and the janitor does, by a
+    worker that was started afterwards."""
+    fields = {"epochs": 10, "lr_schedule": "cosine", "weight_sync": {"dcp_save_interval": 2}}
+    parameters = sft_parameters(tmp_path / "run", tiny_model, rows_file, **fields)
+    submitted = stage.prefect("deployment", "run", "sft/sft", "--params", json.dumps({"config": parameters}))
+    run = submitted.split("UUID: ")[1].split()[0]
 
+    kill_at(5, parameters)
+    until(lambda: stage.state(run) == "CRASHED", 60, "Prefect knows of the death")
+    stage.retried(run, stage.retry_command)
 
-def start_worker(environment, folder):
-    with (folder / "worker.log").open("wb") as log:
-        return subprocess.Popen(
-            [sys.executable, "-m", "prefect", "worker", "start", "--pool", "cookbook"],
-            env={**environment, "PREFECT_WORKER_QUERY_SECONDS": "2"},
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
+    kill_at(15, parameters, stage.workers[0])
+    assert live_workers(backend_home) != []
+    stage.start_worker()
+    janitor = stage.submit("janitor", {"settle_s": 2, "grace_s": 0})
+    until(lambda: stage.state(janitor) == "COMPLETED", 90, "the janitor is done")
+    until(lambda: stage.state(run) == "COMPLETED", 90, "the run is done")
 
-
-def pause_the_janitor(environment):
-    api = environment["PREFECT_API_URL"]
-    deployment = httpx.get(f"{api}/deployments/name/janitor/janitor", timeout=30).raise_for_status().json()
-    assert [schedule["schedule"]["interval"] for schedule in deployment["schedules"]] == [300]
-    assert deployment["work_queue_name"] == "janitor"  # not behind the runs
-    httpx.patch(f"{api}/deployments/{deployment['id']}", json={"paused": True}, timeout=30).raise_for_status()
-
-
-def test_a_worker_runs_the_flow_from_submitted_parameters(worker, tiny_model, rows_file, tmp_path):
-    parameters = sft_parameters(tmp_path / "run", tiny_model, rows_file, epochs=2)
-    submit = ["deployment", "run", "sft/sft", "--params", json.dumps({"config": parameters})]
-    prefect(*submit, "--watch", "--watch-timeout", "180", environment=worker, timeout_s=200)
+    assert stage.flow_run(run)["run_count"] == 3
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    assert summary["status"] == "completed"
-    assert summary["steps"] == 2 * 3
-    query = {"sort": "TIMESTAMP_DESC", "limit": 50}
-    logs = httpx.post(f"{worker['PREFECT_API_URL']}/logs/filter", json=query, timeout=30).raise_for_status().json()
-    assert any(log["message"].startswith("step 6 of 6, loss ") for log in logs), "the run's page shows no losses"
+    assert (summary["status"], summary["steps"], summary["recipe"]) == ("completed", 30, "sft")
+    assert json.loads((tmp_path / "run" / "supervisor.json").read_text())["retries"] == 1
+    assert any(line.startswith("step 30 of 30, loss ") for line in stage.logs(run)), "the run's page shows no losses"
+    assert live_workers(backend_home) == []
+    undisturbed = {**parameters, "log_path": str(tmp_path / "undisturbed")}
+    run_here(undisturbed, environment)
+    assert losses(parameters) == losses(undisturbed)
 
 
-def test_a_bad_config_is_refused_before_a_run_exists(worker, tmp_path):
-    config = {"config": {"log_path": str(tmp_path / "run"), "base_model": "m", "dataset": "d", "learning_rte": 1e-4}}
-    done = subprocess.run(
-        [sys.executable, "-m", "prefect", "deployment", "run", "sft/sft", "--params", json.dumps(config)],
-        env=worker,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-    assert done.returncode != 0
-    assert "learning_rte" in done.stdout + done.stderr
-    assert not (tmp_path / "run").exists()
-
-
-def submit(environment, parameters, flow="sft"):
-    """Create a flow run of the deployment through the API; its id."""
-    api = environment["PREFECT_API_URL"]
-    deployment = httpx.get(f"{api}/deployments/name/{flow}/{flow}", timeout=30).raise_for_status().json()
-    answer = httpx.post(
-        f"{api}/deployments/{deployment['id']}/create_flow_run",
-        json={"parameters": {"config": parameters}, "state": {"type": "SCHEDULED"}},
-        timeout=30,
-    )
-    return answer.raise_for_status().json()["id"]
-
-
-def flow_run(environment, run_id):
-    answer = httpx.get(f"{environment['PREFECT_API_URL']}/flow_runs/{run_id}", timeout=30)
-    return answer.raise_for_status().json()
-
-
-def retry(environment, run_id):
-    """Retry a crashed flow run, again where the first retry was overwritten by a late report of the crash."""
-    for _ in range(3):
-        time.sleep(6)
-        if flow_run(environment, run_id)["state_type"] == "CRASHED":
-            prefect("flow-run", "retry", run_id, environment=environment)
-        if flow_run(environment, run_id)["state_type"] != "CRASHED":
-            return
-
-
-def test_a_flow_run_that_was_killed_resumes_by_prefects_retry(worker, undisturbed, tmp_path):
-    parameters = {**undisturbed[0], "log_path": str(tmp_path / "run"), "output_model_id": None}
-    run_id = submit(worker, parameters)
-    wait_for(lambda: max(losses(parameters), default=0) >= 5, timeout_s=120)
-    lease = json.loads((tmp_path / "run" / "run.json").read_text())["lease"]
-    os.kill(lease["pid"], signal.SIGKILL)
-    wait_for(lambda: flow_run(worker, run_id)["state_type"] == "CRASHED", timeout_s=60)
-    retry(worker, run_id)
-    wait_for(lambda: flow_run(worker, run_id)["state_type"] == "COMPLETED", timeout_s=120)
-    assert flow_run(worker, run_id)["run_count"] == 2
-    assert losses(parameters) == losses(undisturbed[0])
-    assert json.loads((tmp_path / "run" / "summary.json").read_text())["resumed_from_step"] in (4, 6)
-
-
-def test_a_schedule_makes_runs(worker, tiny_model, rows_file, tmp_path):
-    """A server with newer libraries than the pinned ones takes a schedule, and silently makes no runs."""
-    api = worker["PREFECT_API_URL"]
-    deployment = httpx.get(f"{api}/deployments/name/sft/sft", timeout=30).raise_for_status().json()["id"]
-    parameters = {"config": sft_parameters(tmp_path / "run", tiny_model, rows_file)}
-    schedule = {"schedule": {"interval": 24 * 3600}, "active": True, "parameters": parameters, "slug": "daily"}
-    made = (
-        httpx.post(f"{api}/deployments/{deployment}/schedules", json=[schedule], timeout=30).raise_for_status().json()
-    )
-    query = {"deployments": {"id": {"any_": [deployment]}}, "flow_runs": {"state": {"type": {"any_": ["SCHEDULED"]}}}}
-
-    def scheduled():
-        return httpx.post(f"{api}/flow_runs/filter", json=query, timeout=30).raise_for_status().json()
-
-    try:
-        wait_for(lambda: len(scheduled()) >= 3, timeout_s=60)
-        assert all(run["parameters"] == parameters for run in scheduled())
-    finally:
-        httpx.delete(f"{api}/deployments/{deployment}/schedules/{made[0]['id']}", timeout=30).raise_for_status()
+def kill_at(step, parameters, worker=None):
+    """SIGKILL for the process of a run when it has done so many steps, and for its worker."""
+    until(lambda: max(losses(parameters), default=0) >= step, 120, f"step {step}", poll_s=0.02)
+    if worker is not None:
+        os.killpg(worker.pid, signal.SIGKILL)
+    if (pid := flow_process(Path(parameters["log_path"]))) is not None:
+        os.kill(pid, signal.SIGKILL)
 
 
 def live_workers(home):
@@ -168,22 +74,32 @@ def live_workers(home):
     return [found["name"] for found in listed if found["metadata"]["workerPid"] is not None]
 
 
-def test_a_flow_run_whose_worker_died_with_it_is_brought_to_its_end_by_the_janitor(
-    worker, workers, undisturbed, tmp_path, backend_home
-):
-    """By a worker that was started afterwards; the only one."""
-    parameters = {**undisturbed[0], "log_path": str(tmp_path / "run"), "output_model_id": None}
-    run_id = submit(worker, parameters)
-    wait_for(lambda: max(losses(parameters), default=0) >= 5, timeout_s=120)
-    os.killpg(workers[-1].pid, signal.SIGKILL)
-    with suppress(ProcessLookupError):
-        os.kill(json.loads((tmp_path / "run" / "run.json").read_text())["lease"]["pid"], signal.SIGKILL)
-    assert live_workers(backend_home) != []
-    workers.append(start_worker(worker, tmp_path))
-    janitor = submit(worker, {"settle_s": 2, "grace_s": 0}, flow="janitor")
-    wait_for(lambda: flow_run(worker, janitor)["state_type"] in ("COMPLETED", "FAILED", "CRASHED"), timeout_s=90)
-    wait_for(lambda: flow_run(worker, run_id)["state_type"] == "COMPLETED", timeout_s=90)
-    assert flow_run(worker, run_id)["run_count"] == 2
-    assert losses(parameters) == losses(undisturbed[0])
-    assert json.loads((tmp_path / "run" / "supervisor.json").read_text())["retries"] == 1
-    assert live_workers(backend_home) == []
+def test_a_bad_config_is_refused_before_a_run_exists(stage, tmp_path):
+    config = {"log_path": str(tmp_path / "run"), "base_model": "m", "dataset": "d", "learning_rte": 1e-4}
+    with pytest.raises(httpx.HTTPStatusError) as refused:
+        stage.submit("sft", config)
+    assert refused.value.response.status_code == 409
+    assert "learning_rte" in refused.value.response.text
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_janitor_is_scheduled_and_waits_for_no_run(stage):
+    janitor = stage.deployment("janitor")
+    assert [schedule["schedule"]["interval"] for schedule in janitor["schedules"]] == [300]
+    assert janitor["work_queue_name"] == "janitor"
+
+
+def test_a_schedule_makes_runs(stage, tiny_model, rows_file, tmp_path):
+    """A server with newer libraries than the pinned ones takes a schedule, and silently makes no runs."""
+    deployment = stage.deployment("sft")["id"]
+    parameters = {"config": sft_parameters(tmp_path / "run", tiny_model, rows_file)}
+    schedule = {"schedule": {"interval": 24 * 3600}, "active": True, "parameters": parameters, "slug": "daily"}
+    made = stage.call("POST", f"/deployments/{deployment}/schedules", [schedule])
+    query = {"deployments": {"id": {"any_": [deployment]}}, "flow_runs": {"state": {"type": {"any_": ["SCHEDULED"]}}}}
+    try:
+        runs = until(
+            lambda: found if len(found := stage.call("POST", "/flow_runs/filter", query)) >= 3 else [], 60, "runs"
+        )
+        assert all(run["parameters"] == parameters for run in runs)
+    finally:
+        stage.call("DELETE", f"/deployments/{deployment}/schedules/{made[0]['id']}")

@@ -25,6 +25,7 @@ from fireworks.training.sdk import (
     RequestFailedError,
 )
 
+from cookbook.backend.snapshots import load_manifest, verify
 from tests.backend.trainer_job import ADAM, datum
 from tests.tiny_model import make_tiny_model
 from tests.wire.trainer_process import BASE_MODEL, TOKEN, Trainer, spawn, trainer, write_spec
@@ -393,24 +394,47 @@ def test_lack_of_memory_fails_the_request_and_keeps_what_was_gathered(tmp_path: 
         assert answer["metrics"]["num_sequences"] == 3, running.log()
 
 
-def test_killed_worker_leaves_only_whole_checkpoints_and_its_ids_are_gone_for_the_next(
-    tmp_path: Path, tiny: Path
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model whose state takes a moment to write: 31 MB."""
+    return make_tiny_model(tmp_path_factory.mktemp("models") / "wide", vocab_size=120_000)
+
+
+def wait_until_written_to(folder: Path) -> None:
+    """Until a save into this folder is under way."""
+    deadline = time.monotonic() + 30
+    while not any(folder.glob(".writing-*/*.safetensors")):
+        assert time.monotonic() < deadline
+
+
+def test_a_worker_killed_while_it_writes_leaves_the_checkpoint_before_and_nothing_half_written(
+    tmp_path: Path, wide: Path
 ) -> None:
-    with trainer(tmp_path / "job-k", tiny) as first:
+    states = tmp_path / "checkpoints" / "job-k" / "state"
+    with trainer(tmp_path / "job-k", wide) as first:
         model = first.open_model(first.open_session())
         first.run("save_weights", {"model_id": model, "seq_id": 1, "path": "step-0"})
         first.post("save_weights", {"model_id": model, "seq_id": 2, "path": "step-1"})
+        wait_until_written_to(states)
         first.process.send_signal(signal.SIGKILL)
         first.process.wait(10)
-    (tmp_path / "checkpoints" / "job-k" / "state" / ".writing-abc").mkdir()
-    with trainer(tmp_path / "job-k", tiny) as second:
-        names = {path.name for path in (tmp_path / "checkpoints" / "job-k" / "state").iterdir()}
-        assert "step-0" in names <= {"step-0", "step-1"}
-        forward = {"model_id": model, "seq_id": 2, "forward_input": CROSS_ENTROPY}
+    assert sorted(path.name[:9] for path in states.iterdir()) == [".writing-", "step-0"]
+    with trainer(tmp_path / "job-k", wide) as second:
+        assert [path.name for path in states.iterdir()] == ["step-0"]
+        forward = {"model_id": model, "seq_id": 3, "forward_input": CROSS_ENTROPY}
         assert second.post("forward", forward).status_code == 410
         resumed = second.open_model(second.open_session())
         load = {"model_id": resumed, "seq_id": 1, "path": "step-0", "optimizer": True}
         assert second.run("load_weights", load) == {"path": "step-0", "type": "load_weights"}
+
+        second.post("save_weights", {"model_id": resumed, "seq_id": 2, "path": "step-2"})
+        wait_until_written_to(states)
+        listed = httpx.get(f"{second.base_url}/api/v1/list_checkpoints", headers={"X-Api-Key": TOKEN}).json()
+        assert listed == {"checkpoints": ["step-0", "step-2"]}
+        second.process.send_signal(signal.SIGTERM)
+        assert second.process.wait(20) == 0
+    assert sorted(path.name for path in states.iterdir()) == ["step-0", "step-2"]  # it has finished what it had begun
+    verify(states / "step-2", load_manifest(states / "step-2"))
 
 
 def test_idle_worker_ends_itself_and_says_why(tmp_path: Path, tiny: Path) -> None:

@@ -1,0 +1,70 @@
+"""Two live processes of one run: one is paused, another takes the run over, the first wakes up. It must do nothing.
+
+A paused process keeps its lock. So that there can be two, the lock file is removed, as on a file system that forgets
+locks: what is left are the epoch of the lease and the trainer's refusal of an older epoch.
+"""
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.faults import driver
+from tests.faults.checks import differences, log_of, outcome
+from tests.faults.driver import journal
+from tests.faults.runs import config_of, home_of_suite, run_once
+
+POINTS = ("train_step.before", "train_step.after", "log.before", "save.before", "commit.before", "snapshot.before")
+WITHIN_S = 120.0
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    with home_of_suite(tmp_path_factory.mktemp("fence")) as place:
+        yield place
+
+
+@pytest.fixture(scope="module")
+def undisturbed(place):
+    config = config_of("sft", 0, place, place.folder / "undisturbed")
+    assert run_once("sft", config, place).status == 0
+    return outcome("sft", config, place.home)
+
+
+def pid_of_paused(process, config):
+    """Wait until the process stops itself."""
+    deadline = time.monotonic() + WITHIN_S
+    while Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0] != "T":
+        assert process.exitcode is None, log_of(config).read_text()[-2000:]
+        assert time.monotonic() < deadline, "the run did not come to where it is to be paused"
+        time.sleep(0.02)
+    return process.pid
+
+
+def steps_of(pid, config):
+    events = map(json.loads, journal(log_of(config)).read_text().splitlines())
+    return [event["step"] for event in events if event["event"] == "stepped" and event["pid"] == pid]
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("point", [POINTS[0], *(pytest.param(p, marks=pytest.mark.faults) for p in POINTS[1:])])
+def test_who_was_overtaken_does_nothing_any_more(place, undisturbed, point):
+    config = config_of("sft", 0, place, place.folder / f"overtaken-{point}")
+    log, environment = log_of(config), place.environment
+    first = driver.start("sft", config, log=log, environment=environment, kills=[f"pause@{point}:1"])
+    overtaken = pid_of_paused(first, config)
+    stepped = steps_of(overtaken, config)
+    (Path(config["log_path"]) / ".lock").unlink()
+    second = driver.start("sft", config, log=log, environment=environment, kills=["pause@log.after:4"])
+    owner = pid_of_paused(second, config)
+
+    os.kill(overtaken, signal.SIGCONT)
+    assert driver.wait(first, WITHIN_S) == 1
+    assert "LeaseLost" in log.read_text()
+    assert steps_of(overtaken, config) == stepped
+    os.kill(owner, signal.SIGCONT)
+    assert driver.wait(second, WITHIN_S) == 0
+    assert differences("sft", config, place.home, undisturbed) == []
