@@ -13,7 +13,7 @@ import httpx
 import orjson
 
 from cookbook.errors import CookbookError, DeploymentLost, RequestRejected, SamplingError
-from cookbook.recovery import DEPLOYMENT_LOST_STATUSES
+from cookbook.recovery import CALLER_STATUSES, DEPLOYMENT_LOST_STATUSES, REFUSED_STATUSES
 
 __all__ = ["Answer", "LineBuffer", "Refusal", "SamplingOptions", "read_refusal"]
 
@@ -140,7 +140,7 @@ class Refusal:
         if self.is_gone:
             return DeploymentLost(self.message)
         what = f"{self.message} (HTTP {self.status})"
-        return RequestRejected(self.message) if self.status in (400, 413, 422) else SamplingError(what)
+        return RequestRejected(self.message) if self.status in REFUSED_STATUSES else SamplingError(what)
 
 
 def read_refusal(status: int, body: bytes) -> Refusal:
@@ -151,5 +151,6 @@ def read_refusal(status: int, body: bytes) -> Refusal:
         is_deployments_own = "type" in error  # the control plane's errors have none: it has no worker to ask
     except (orjson.JSONDecodeError, KeyError, TypeError, AttributeError):
         message, param, is_deployments_own = body[:500].decode(errors="replace") or f"HTTP {status}", None, True
-    is_gone = status in DEPLOYMENT_LOST_STATUSES or (not is_deployments_own and status not in (401, 403, 413, 429))
+    is_about_us = status in CALLER_STATUSES | {413, 429}  # whoever says so
+    is_gone = status in DEPLOYMENT_LOST_STATUSES or not (is_deployments_own or is_about_us)
     return Refusal(status, message, param if isinstance(param, str) else None, is_gone)

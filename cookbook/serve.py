@@ -22,6 +22,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cookbook.completions import LineBuffer, Refusal, read_refusal
+from cookbook.recovery import CALLER_STATUSES
 
 __all__ = ["MAX_REQUEST_BYTES", "ServeApp"]
 
@@ -130,7 +131,7 @@ class ServeApp:
     def _problem(self, name: str, refusal: Refusal, headers: Mapping[str, str]) -> _Problem:
         if refusal.is_gone:
             return self._gone(name, refusal.message)
-        if refusal.status in (401, 403):  # our key, not the client's
+        if refusal.status in CALLER_STATUSES:  # our key, not the client's
             return _Problem(502, f"the backend refused this server: {refusal.message}")
         kept = {key: headers[key] for key in ("retry-after", "x-request-id") if key in headers}
         is_too_long = refusal.status == 400 and "context" in refusal.message

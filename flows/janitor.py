@@ -7,7 +7,7 @@ from prefect import flow
 from cookbook.janitor_config import JanitorConfig
 from tasks.janitor import free_leftovers, report_of
 from tasks.page import show_report
-from tasks.supervision import find_dead_runs, retry_dead_runs
+from tasks.supervision import end_stale_janitors, find_dead_runs, retry_dead_runs
 
 __all__ = ["janitor"]
 
@@ -18,6 +18,7 @@ def janitor(config: JanitorConfig = JanitorConfig()) -> str:  # noqa: B008 (froz
 
     Scheduled every few minutes. It may be killed at any moment, and run twice: the next run finishes what is left.
     """
+    end_stale_janitors()  # which would take this one's place
     dead = find_dead_runs(config)  # running or crashed, says Prefect, and nobody owns their run directory
     swept = free_leftovers(config)  # a retried run finds its trainer again by its id, and resumes it
     dead = retry_dead_runs(config, dead)  # after a while, if they are still dead, and not for ever

@@ -28,7 +28,7 @@ from prefect.client.schemas.filters import (
 from prefect.client.schemas.objects import FlowRun, State, StateType
 from prefect.client.schemas.responses import OrchestrationResult, SetStateStatus
 from prefect.client.schemas.sorting import FlowRunSort
-from prefect.states import AwaitingRetry
+from prefect.states import AwaitingRetry, Crashed
 
 from cookbook.config import RECIPE_CONFIGS
 from cookbook.errors import CheckpointError
@@ -36,10 +36,13 @@ from cookbook.janitor_config import JanitorConfig
 from cookbook.supervision import RunDirectoryState, count_retry
 from tasks.page import page_log
 
-__all__ = ["Suspect", "find_dead_runs", "retry_dead_runs"]
+__all__ = ["Suspect", "end_stale_janitors", "find_dead_runs", "retry_dead_runs"]
 
 FLOWS = (*RECIPE_CONFIGS, "eval")
 """Names of the flows that have a run directory."""
+
+STALE_S = 900.0
+"""Seconds after which a flow run of the janitor that still runs, says Prefect, is dead: it takes a minute."""
 
 RECHECK_S = 5.0
 """Seconds after which a retry is looked at: a late report of the crash may have undone it."""
@@ -58,13 +61,13 @@ class Suspect:
     """In Prefect's words: RUNNING, PENDING or CRASHED."""
     state_id: str
     done: str
-    """"to be retried", "retried", "left"."""
+    """"to be retried", "retried", "to be ended", "ended" (Prefect is told that it crashed), "left"."""
     why: str
 
     @property
-    def is_retried(self) -> bool:
-        """Whether it is to be retried."""
-        return self.done == "to be retried"
+    def is_due(self) -> bool:
+        """Whether something is still to be done about it."""
+        return self.done.startswith("to be ")
 
     def row(self) -> dict[str, str]:
         """As a row of a table."""
@@ -86,16 +89,38 @@ def find_dead_runs(config: JanitorConfig) -> list[Suspect]:
 
 @task(cache_policy=NO_CACHE)
 def retry_dead_runs(config: JanitorConfig, suspects: list[Suspect]) -> list[Suspect]:
-    """Wait until Prefect has said all it will say about a death, look again, and retry what is still dead."""
-    if config.dry_run or not any(suspect.is_retried for suspect in suspects):
+    """Wait until Prefect has said all it will say about a death, look again, and retry what is still dead.
+
+    What is not to be retried, but runs as Prefect believes, is ended there: as Running it would count for the limits of
+    its queue for ever, and no command would retry it.
+    """
+    if config.dry_run or not any(suspect.is_due for suspect in suspects):
         return suspects
     time.sleep(config.settle_s)
     with get_client(sync_client=True) as client:
-        done = [_retried(client, suspect, config) if suspect.is_retried else suspect for suspect in suspects]
+        done = [_settled(client, suspect, config) if suspect.is_due else suspect for suspect in suspects]
         time.sleep(RECHECK_S)
         return [_confirmed(client, suspect) for suspect in done]
 
 
+@task(cache_policy=NO_CACHE)
+def end_stale_janitors() -> int:
+    """End earlier flow runs of the janitor that died with their worker; how many.
+
+    Each holds a place in the deployment's concurrency limit until somebody ends it (its lease is in the memory of the
+    server, which may have been restarted since): without this, no janitor would run any more.
+    """
+    before = datetime.now(UTC) - timedelta(seconds=STALE_S)
+    with get_client(sync_client=True) as client:
+        started = FlowRunFilterExpectedStartTime(before_=before)
+        runs = list(_runs(client, ("janitor",), states=_LIVE_STATES, expected_start_time=started))
+        stale = [run for run in runs if run.state is not None and run.state.timestamp < before]
+        for run in stale:
+            client.set_flow_run_state(run.id, Crashed(message="Its process has died."))
+    return len(stale)
+
+
+_LIVE_STATES = (StateType.RUNNING, StateType.PENDING)
 _DEAD_STATES = (StateType.RUNNING, StateType.PENDING, StateType.CRASHED)
 
 
@@ -113,7 +138,8 @@ def _suspect(run: FlowRun, newest: dict[Path, UUID], config: JanitorConfig) -> S
     if directory.is_owned or (run.state.is_crashed() and (directory.is_finished or not is_newest)):
         return None
     if (why := _objection(run, directory, is_newest, config)) is not None:
-        return replace(suspect, why=why)
+        is_ended = config.retry_dead_runs and run.state.is_running() and directory.exists
+        return replace(suspect, done="to be ended" if is_ended else "left", why=why)
     since = "the start" if directory.commit is None else f"checkpoint {directory.commit}"
     return replace(suspect, done="to be retried", why=f"its process has died; it goes on from {since}")
 
@@ -137,8 +163,8 @@ def _objection(run: FlowRun, directory: RunDirectoryState, is_newest: bool, conf
     return None
 
 
-def _retried(client: SyncPrefectClient, suspect: Suspect, config: JanitorConfig) -> Suspect:
-    """Retry a flow run, unless anything about it has changed since it was found."""
+def _settled(client: SyncPrefectClient, suspect: Suspect, config: JanitorConfig) -> Suspect:
+    """Retry a flow run, or end it, unless anything about it has changed since it was found."""
     run = client.read_flow_run(UUID(suspect.flow_run_id))
     if run.state is None or str(run.state.id) != suspect.state_id:
         return replace(suspect, done="left", why="its state has changed meanwhile; looked at again next time")
@@ -146,6 +172,9 @@ def _retried(client: SyncPrefectClient, suspect: Suspect, config: JanitorConfig)
         directory = RunDirectoryState.read(Path(suspect.log_path), suspect.flow_run_id)
         if directory.is_owned:
             return replace(suspect, done="left", why="a process has taken the run over meanwhile")
+        if suspect.done == "to be ended":
+            client.set_flow_run_state(run.id, Crashed(message=f"{suspect.why}."))
+            return replace(suspect, done="ended")
         retries = count_retry(Path(suspect.log_path), suspect.flow_run_id, directory.commit)
     except CheckpointError as error:
         return replace(suspect, done="left", why=str(error))
@@ -173,14 +202,18 @@ def _confirmed(client: SyncPrefectClient, suspect: Suspect) -> Suspect:
 
 
 def _runs(
-    client: SyncPrefectClient, *, states: tuple[StateType, ...] | None = None, **options: Any
+    client: SyncPrefectClient,
+    flows: tuple[str, ...] = FLOWS,
+    *,
+    states: tuple[StateType, ...] | None = None,
+    **options: Any,
 ) -> Iterator[FlowRun]:
-    """Flow runs of the recipes, the oldest first."""
+    """Flow runs of these flows, the oldest first."""
     state = None if states is None else FlowRunFilterState(type=FlowRunFilterStateType(any_=list(states)))
     offset = 0
     while True:
         page = client.read_flow_runs(
-            flow_filter=FlowFilter(name=FlowFilterName(any_=list(FLOWS))),
+            flow_filter=FlowFilter(name=FlowFilterName(any_=list(flows))),
             flow_run_filter=FlowRunFilter(state=state, **options),
             sort=FlowRunSort.EXPECTED_START_TIME_ASC,
             limit=_PAGE,

@@ -132,7 +132,7 @@ class FaultyProxy:
     """
 
     def __init__(
-        self, target: str, table: Sequence[Endpoint], *, seed: int = 0, hang_s: float = 2.0, slow_s: float = 0.5
+        self, target: str, table: Sequence[Endpoint], *, seed: int | str = 0, hang_s: float = 2.0, slow_s: float = 0.5
     ) -> None:
         self.met: Counter[tuple[str, str]] = Counter()
         self.passed: Counter[str] = Counter()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -105,12 +106,14 @@ class HostileTrainer:
 
 
 class HeldSaves:
-    """Holds the hostile trainer's answers to saves of state back until `answer` is set; then they are `result`."""
+    """Holds the hostile trainer's answers to saves of state back until `answer` is set; then they are `result`, except
+    those to the request ids in `never`."""
 
     def __init__(self, hostile: HostileTrainer) -> None:
         self.answer = threading.Event()
         self.asked = threading.Event()
         self.result: dict[str, Any] = {"path": "saved", "type": "save_weights"}
+        self.never: set[str] = set()
         self._hostile = hostile
         hostile.behave["retrieve_future"] = self._retrieve
 
@@ -118,7 +121,8 @@ class HeldSaves:
         if not body["request_id"].startswith("save_weights-"):
             return self._hostile._default("retrieve_future", body)
         self.asked.set()
-        while not self.answer.wait(0.05):
+        while not self.answer.wait(0.05) or body["request_id"] in self.never:
+            time.sleep(0.02)
             if self._hostile.released.is_set():
                 return 410, {"detail": "the test is over"}
         return 200, self.result

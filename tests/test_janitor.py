@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import ExitStack
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -232,7 +233,8 @@ def test_a_session_that_was_killed_is_removed_and_a_live_one_stays(home, control
 
 
 def test_a_run_directory_called_sessions_is_not_removed(home):
-    with RunDirectory.open(home.path / "x" / "sessions" / "a", recipe="chat", config={}, home=home.path) as run:
+    path, config = home.path / "x" / "sessions" / "a", {"backend": "embedded"}
+    with RunDirectory.open(path, recipe="chat", config=config, home=home.path) as run:
         pass
     home.sweep()
     assert run.path.exists()
@@ -284,24 +286,68 @@ def test_a_run_that_starts_waits_for_the_janitor_and_not_for_another_run(home):
         assert run.epoch == 3
 
 
-def test_a_run_that_starts_between_looking_and_freeing_keeps_everything(home, control):
+class Watched(ControlPlane):
+    """Calls back after it has listed deployments, and before it deletes one."""
+
+    listed = deleting = staticmethod(lambda: None)
+
+    def list_deployments(self, timeout_s=60.0):
+        found = super().list_deployments(timeout_s)
+        self.listed()
+        return found
+
+    def delete_deployment(self, *arguments):
+        self.deleting()
+        return super().delete_deployment(*arguments)
+
+
+@pytest.fixture
+def watched(home, control):
+    with Watched("embedded", control.base_url, control.jobs.api_key, home.path) as watched:
+        yield watched
+
+
+def test_what_a_run_begins_to_own_or_use_after_it_was_looked_at_is_kept(home, control, watched):
+    with home.run("run") as run:
+        own = home.deployment(run)
+    with home.run("other") as other:
+        adopted = home.deployment(other)
+    starts = ExitStack()
+
+    def start():
+        starts.enter_context(home.run("run"))
+        starts.enter_context(home.run("third", deployment={"deployment_id": adopted}))
+
+    watched.listed = start
+    with starts:
+        report = sweep(home.path, watched, grace_s=0)
+        assert report.freed == ()
+        assert [(finding.resource_id, why) for finding, why in report.left] == [
+            (own, "a process has taken the run over meanwhile")
+        ]
+        assert None not in (control.deployment(own), control.deployment(adopted))
+
+
+def test_a_run_that_starts_while_it_is_being_freed_waits_for_that(home, control, watched):
     with home.run("run") as run:
         deployment = home.deployment(run)
-    owners = []
+    found = []
 
-    class Slow(ControlPlane):
-        def list_deployments(self, timeout_s=60.0):
-            found = super().list_deployments(timeout_s)
-            owners.append(home.run("run"))
-            return found
+    def start():
+        with home.run("run") as started:
+            found.append([record.state for record in ResourceLedger(started).all()])
 
-    with Slow("embedded", control.base_url, control.jobs.api_key, home.path) as slow:
-        report = sweep(home.path, slow, grace_s=0)
-    assert [(finding.resource_id, why) for finding, why in report.left] == [
-        (deployment, "a process has taken the run over meanwhile")
-    ]
-    assert control.deployment(deployment) is not None
-    owners[0].close()
+    starting = threading.Thread(target=start)
+
+    def deleting():
+        starting.start()
+        time.sleep(1.3)  # longer than a run waits for another run
+
+    watched.deleting = deleting
+    report = sweep(home.path, watched, grace_s=0)
+    starting.join()
+    assert [finding.resource_id for finding in report.freed] == [deployment]
+    assert found == [["freed"]]
 
 
 def test_the_command_shows_what_it_finds_and_does(backend, control, trainer, tmp_path):

@@ -185,7 +185,7 @@ def verify(folder: Path, manifest: Manifest) -> None:
             raise CheckpointError(
                 f"checkpoint file {path} has {size} bytes instead of {entry.size}: use an older checkpoint."
             )
-    with ThreadPoolExecutor(os.cpu_count()) as threads:
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
         for (name, entry), digest in zip(
             manifest.files.items(), threads.map(_sha256, [folder / name for name in manifest.files]), strict=True
         ):

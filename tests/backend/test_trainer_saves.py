@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +73,23 @@ def test_a_save_holds_the_weights_and_moments_of_its_turn_bit_for_bit(tmp_path: 
     job.run("load_weights", resumed, path="after", optimizer=True)
     job.train(resumed, DATA, 1)
     assert same(job.weights(resumed), job.weights(model))
+
+
+def test_the_next_save_captures_nothing_while_one_is_written(tmp_path: Path, tiny: Path) -> None:
+    job = TrainerJob(tmp_path, tiny)
+    model = job.create()
+    before = job.weights(model)
+    finish = begin_save(job, model, "first")
+    job.train(model, DATA, 1)
+    with ThreadPoolExecutor(1) as pool:
+        second = pool.submit(begin_save, job, model, "second")
+        time.sleep(0.2)
+        assert not second.done()
+        finish()
+        second.result(10)()
+    for name, weights in [("first", before), ("second", job.weights(model))]:
+        saved = tensors(job.checkpoints / "state" / name)
+        assert all(torch.equal(saved[f"model.{weight}"], weights[weight]) for weight in weights), name
 
 
 def test_a_state_in_several_files_is_one_that_torch_reads(

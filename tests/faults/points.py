@@ -63,7 +63,7 @@ class Kill:
     """SIGKILL for `process` at the n-th passage of a point, counted from the start of the flow's process.
 
     As text: `flow@commit.before:2`. The process is "flow" or one of processes.ROLES. A moment that is no phase boundary
-    is given in seconds from the start: `trainer@1.25s`. `pause@...` is SIGSTOP for the flow: it lives, and does nothing.
+    is given in seconds from the start: `trainer@1.25s`. `pause@...` is SIGSTOP for the flow: it lives and does nothing.
     """
 
     process: str

@@ -125,7 +125,7 @@ class Play:
             for act, target in zip(self.acts, targets, strict=True):
                 moment = self.rng.choice(MOMENTS)
                 if not self._reached(moment, target):
-                    return
+                    break
                 self._perform(act, moment)
             self._to_the_end()
         except Exception as error:
@@ -141,8 +141,8 @@ class Play:
         if not self._waited(lambda: self.step() >= target and flow_process(self.path) is not None):
             return False
         if moment == "commit":
-            before = self._commits()
-            return self._waited(lambda: self._commits() > before)
+            before = self._commit()
+            return self._waited(lambda: self._commit() != before)
         if moment == "save":
             return self._waited(self._is_saving)
         return True
@@ -177,10 +177,11 @@ class Play:
                     return int(json.loads(line)["step"])
         return 0
 
-    def _commits(self) -> int:
-        with suppress(FileNotFoundError):
-            return len((self.path / "checkpoints.jsonl").read_bytes().splitlines())
-        return 0
+    def _commit(self) -> bytes:
+        """The last row of the checkpoints; rows of checkpoints that are not kept go."""
+        with suppress(FileNotFoundError, IndexError):
+            return (self.path / "checkpoints.jsonl").read_bytes().splitlines()[-1]
+        return b""
 
     def _is_saving(self) -> bool:
         checkpoints = (self.home / "checkpoints").glob(f"{self.run_id()}-*/*/.writing-*")
@@ -199,6 +200,7 @@ class Play:
 
     _stage_lock = threading.Lock()
     """Only one play at a time kills a worker or the server."""
+    _janitor_lock = threading.Lock()
 
     def _perform(self, act: Act, moment: str) -> None:
         self._remember()
@@ -266,12 +268,12 @@ class Play:
             until(lambda: self.stage.state(flow_run) in DEAD, 3 if way == "takeover" else 25, "Prefect knows it")
         if self._has_ended() or flow_process(self.path) is not None:
             return "itself"
-        if self.stage.state(flow_run) not in DEAD:
-            self.stage.retry_button(flow_run)
-            return "takeover"
         if way == "new run":
             self._submit()
             return way
+        if self.stage.state(flow_run) not in DEAD:
+            self.stage.retry_button(flow_run)
+            return "takeover"
         retry = {
             "command": self.stage.retry_command,
             "new button": lambda run: self.stage.retry_button(run, force=True),
@@ -280,15 +282,14 @@ class Play:
         return way
 
     def _send_janitor(self) -> None:
-        """As its schedule does, again until the run is alive."""
+        """As its schedule does, again until the run is alive. Only one at a time, as its deployment has it."""
         for _ in range(4):
-            janitor = self.stage.submit("janitor", JANITOR)
-            until(
-                lambda run=janitor: self.stage.state(run) in ("COMPLETED", *DEAD), ALIVE_S, "the janitor is done", 0.5
-            )
-            if not self._is_dead():
-                return
-        raise AssertionError(f"the janitor ran 4 times and left the run, {self._where()}")
+            with self._janitor_lock:
+                if not self._is_dead():
+                    return
+                janitor = self.stage.submit("janitor", JANITOR)
+                until(lambda run=janitor: self.stage.state(run) in ENDED, ALIVE_S, "the janitor is done", 0.5)
+        assert not self._is_dead(), f"the janitor ran 4 times and left the run, {self._where()}"
 
     def _submit(self) -> None:
         self.flow_runs.append(self.stage.submit(self.recipe, self.config, self.variables))

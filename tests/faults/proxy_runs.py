@@ -25,8 +25,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fireworks.training.sdk import DeploymentConfig
+
 from cookbook import embedded
+from cookbook.checkpoints import last_commit
 from cookbook.control_plane import ControlPlane
+from cookbook.janitor import survey
 from tests.faults import driver
 from tests.faults.checks import Outcome, differences, is_identical, leaks, log_of, outcome, run_id_of
 from tests.faults.proxy_table import LEGAL_FAULTS
@@ -58,19 +62,20 @@ class Cloud:
         """As `config_of`, but for this backend. A request may hang for longer than its time-out, which ends it then."""
         config = config_of(recipe, seed, self.place, log_path)
         shape = f"{_SHAPES}/cpu-{'lora' if config['lora_rank'] else 'full'}"
-        if "deployment" in config:
-            own = {"deployment_shape": _DEPLOYMENT_SHAPE, "sample_timeout": 1, "tokenizer_model": str(self.place.model)}
+        config["tokenizer_model"] = str(self.place.model)
+        if recipe == "rl":
+            own = {"deployment_shape": _DEPLOYMENT_SHAPE, "sample_timeout": 1}
             config["deployment"] = {**config["deployment"], **own}
-        if recipe != "rl":
-            config["tokenizer_model"] = str(self.place.model)
+        elif "deployment" in config:
+            config["deployment"] = {"deployment_id": f"of-{log_path.name}"}  # made by `_adoptable`
         if recipe in ("rl", "sft"):
             config["max_seq_len"] = 128
         infra = {**config["infra"], "training_shape_id": shape}
         return {**config, "backend": "fireworks", "base_model": MODEL, "infra": infra}
 
-    def control(self) -> ControlPlane:
-        """The backend itself, without a proxy."""
-        return ControlPlane("fireworks", self.url, self.key, self.place.home / "models")
+    def control(self, url: str | None = None) -> ControlPlane:
+        """The backend itself, or by the URL of a proxy."""
+        return ControlPlane("fireworks", url or self.url, self.key, self.place.home / "models")
 
 
 @dataclass(frozen=True)
@@ -102,7 +107,8 @@ def cloud_of_suite(folder: Path) -> Iterator[Cloud]:
 def undisturbed_run(cloud: Cloud, recipe: str, seed: int) -> Outcome:
     """The same run without a proxy."""
     config = cloud.config(recipe, seed, cloud.place.folder / f"{recipe}-{seed}-{_UNDISTURBED}")
-    status = driver.wait(_start(cloud, recipe, config, None), RUN_TIMEOUT_S)
+    with _adoptable(cloud, config):
+        status = driver.wait(_start(cloud, recipe, config, None), RUN_TIMEOUT_S)
     assert status == 0, f"the undisturbed run ended with {status}:\n{_tail(config)}"
     return outcome(recipe, config, cloud.place.home)
 
@@ -113,15 +119,18 @@ def disturbed_run(cloud: Cloud, recipe: str, seed: int) -> ProxyRun:
     cloud.place.forget_references()
     config = cloud.config(recipe, seed, cloud.place.folder / f"{recipe}-{seed}")
     started = time.monotonic()
-    with FaultyProxy(cloud.url, LEGAL_FAULTS, seed=seed) as proxy:
-        problems = list(_stopped_and_started_again(cloud, recipe, config, proxy.url, len(expected.trained) // 2))
+    with FaultyProxy(cloud.url, LEGAL_FAULTS, seed=f"{recipe} {seed}") as proxy:
+        with _adoptable(cloud, config):
+            problems = list(_stopped_and_started_again(cloud, recipe, config, proxy.url, len(expected.trained) // 2))
+        identical = False
+        if not problems:
+            problems = differences(recipe, config, cloud.place.home, expected)
+            identical = is_identical(outcome(recipe, config, cloud.place.home), expected)
+        with cloud.control() as control:
+            problems += leaks(cloud.place.home, control, [run_id_of(config)])
+        with cloud.control(proxy.url) as control:
+            problems += _housekeeping(cloud, control, config)
     seconds = time.monotonic() - started
-    identical = False
-    if not problems:
-        problems = differences(recipe, config, cloud.place.home, expected)
-        identical = is_identical(outcome(recipe, config, cloud.place.home), expected)
-    with cloud.control() as control:
-        problems += leaks(cloud.place.home, control, [run_id_of(config)])
     return ProxyRun(recipe, seed, proxy.met, proxy.passed, tuple(problems), seconds, identical)
 
 
@@ -183,6 +192,48 @@ def _stopped_and_started_again(
         return
     if status != 0:
         yield f"the second start ended with {status}:\n{_tail(config)}"
+
+
+@contextmanager
+def _adoptable(cloud: Cloud, config: Mapping[str, Any]) -> Iterator[None]:
+    """The deployment that a config names, where it names one: somebody's, of another trainer. It is left by the run."""
+    name = config.get("deployment", {}).get("deployment_id")
+    if name is None:
+        yield
+        return
+    wanted = DeploymentConfig(
+        name,
+        MODEL,
+        accelerator_type="CPU",
+        min_replica_count=1,
+        extra_args=config["infra"]["extra_args"],
+        hot_load_trainer_job="accounts/local/rlorTrainerJobs/somebodys",
+    )
+    with cloud.control() as control:
+        control.deployments.create_or_get(wanted)
+        control.deployments.wait_for_ready(name, timeout_s=120)
+        try:
+            yield
+            found = control.deployment(name)
+            assert found is not None
+            assert found["state"] == "READY"
+        finally:
+            control.delete_deployment(name)
+
+
+def _housekeeping(cloud: Cloud, control: ControlPlane, config: Mapping[str, Any]) -> Iterator[str]:
+    """What is done beside a run: the janitor looks what there is, and a checkpoint is deleted."""
+    run_id = run_id_of(config)
+    for finding in survey(cloud.place.home, control, grace_s=0.0):
+        if finding.run_id == run_id and finding.action != "keep":
+            yield f"the janitor would {finding.action} {finding.resource_id}: {finding.reason}"
+    commit = last_commit(config["log_path"])
+    assert commit is not None
+    assert commit.source_job_id is not None
+    control.delete_checkpoint(commit.source_job_id, commit.name, "state")
+    left = [row["name"].rpartition("/")[2] for row in control.list_checkpoints(commit.source_job_id)]
+    if commit.name in left:
+        yield f"checkpoint {commit.name} was deleted, and is there: {left}"
 
 
 def _start(cloud: Cloud, recipe: str, config: Mapping[str, Any], url: str | None) -> Any:

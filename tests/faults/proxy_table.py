@@ -50,7 +50,7 @@ _PROBE = _legal("3.1", "408", "429", "500", "502", "503", "504", *_CONNECTION)
 
 
 def _control(name: str, method: str, path: str, *more: Legal) -> Endpoint:
-    return Endpoint(name, method, path, (*_CONTROL, *more), rate=0.75, in_a_row=2)
+    return Endpoint(name, method, path, (*_CONTROL, *more), rate=0.9, in_a_row=2)
 
 
 def _submit(name: str, key: str | None = None) -> Endpoint:
@@ -63,8 +63,6 @@ LEGAL_FAULTS: tuple[Endpoint, ...] = (
     # provisioning (3.1 to 3.3)
     _control("accounts", "GET", r"/v1/accounts"),
     _control("training shape", "GET", r"/v1/accounts/[^/]+/trainingShapes/[^/]+/versions(/[^/]+)?"),
-    _control("deployment shape", "GET", r"/v1/accounts/[^/]+/deploymentShapes/[^/]+(/versions(/[^/]+)?)?"),
-    _control("model", "GET", r"/v1/accounts/[^/]+/models/[^/:]+"),
     _control("trainer create", "POST", r"/v1/accounts/[^/]+/rlorTrainerJobs"),
     _control("trainer list", "GET", r"/v1/accounts/[^/]+/rlorTrainerJobs"),
     _control("trainer get", "GET", _JOB),
@@ -81,7 +79,6 @@ LEGAL_FAULTS: tuple[Endpoint, ...] = (
     # the trainer's data plane (section 2)
     _submit("create_session", key=""),  # another body each time
     _submit("create_model", key=""),
-    _submit("get_info"),
     _submit("forward"),
     _submit("forward_backward"),
     _submit("optim_step"),
@@ -90,7 +87,9 @@ LEGAL_FAULTS: tuple[Endpoint, ...] = (
     _submit("save_weights_for_sampler"),
     _submit("unload_model"),
     Endpoint("list_checkpoints", "GET", f"{_TRAINER}/list_checkpoints", _SUBMIT[:-1], rate=0.6, in_a_row=3),
-    Endpoint("retrieve_future", "POST", f"{_TRAINER}/retrieve_future", _FUTURE, rate=0.65, in_a_row=3, key="request_id"),
+    Endpoint(
+        "retrieve_future", "POST", f"{_TRAINER}/retrieve_future", _FUTURE, rate=0.65, in_a_row=3, key="request_id"
+    ),
     Endpoint("session_heartbeat", "POST", f"{_TRAINER}/session_heartbeat", _PROBE, rate=0.5, in_a_row=2),
     # checkpoints (3.5)
     _control("checkpoint list", "GET", f"{_JOB}/checkpoints"),
@@ -100,7 +99,9 @@ LEGAL_FAULTS: tuple[Endpoint, ...] = (
     Endpoint("hot load status", "GET", r"/hot_load/v1/models/hot_load", _CONTROL, rate=0.4, in_a_row=2),
     COMPLETIONS,
     # promotion (3.5)
-    _control("promote", "POST", r"/v1/accounts/[^/]+/checkpoints/[^/]+:promote", *_legal("3.5", "unfinished")),
+    _control(
+        "promote", "POST", r"/v1/accounts/[^/]+/checkpoints/[^/]+:promote", *_legal("3.5", "unfinished", weight=4)
+    ),
     _control("operation", "GET", r"/v1/accounts/[^/]+/operations/[^/]+"),
 )
-"""Every endpoint that the flows use. A request that is none of them is passed on, and counted as "unknown"."""
+"""Every endpoint that the flows use, the janitor's included. Another request is passed on, and counted as "unknown"."""

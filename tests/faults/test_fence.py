@@ -17,7 +17,16 @@ from tests.faults.checks import differences, log_of, outcome
 from tests.faults.driver import journal
 from tests.faults.runs import config_of, home_of_suite, run_once
 
-POINTS = ("train_step.before", "train_step.after", "log.before", "save.before", "commit.before", "snapshot.before")
+POINTS = (
+    "train_step.before",
+    "train_step.after",
+    "log.before",
+    "save.before",
+    "save_confirmed.after",
+    "promote.before",
+)
+
+pytestmark = [pytest.mark.faults, pytest.mark.timeout(600), pytest.mark.xdist_group("fence")]
 WITHIN_S = 120.0
 
 
@@ -49,20 +58,27 @@ def steps_of(pid, config):
     return [event["step"] for event in events if event["event"] == "stepped" and event["pid"] == pid]
 
 
-@pytest.mark.timeout(300)
-@pytest.mark.parametrize("point", [POINTS[0], *(pytest.param(p, marks=pytest.mark.faults) for p in POINTS[1:])])
+def files_of(config):
+    """Everything in the run directory. Its owner is paused, so nobody may change anything."""
+    return {path: path.read_bytes() for path in Path(config["log_path"]).rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("point", POINTS)
 def test_who_was_overtaken_does_nothing_any_more(place, undisturbed, point):
-    config = config_of("sft", 0, place, place.folder / f"overtaken-{point}")
+    config = config_of("sft", 0, place, place.folder / f"overtaken-at-{point.replace('.', '-')}")
     log, environment = log_of(config), place.environment
     first = driver.start("sft", config, log=log, environment=environment, kills=[f"pause@{point}:1"])
     overtaken = pid_of_paused(first, config)
     stepped = steps_of(overtaken, config)
     (Path(config["log_path"]) / ".lock").unlink()
-    second = driver.start("sft", config, log=log, environment=environment, kills=["pause@log.after:4"])
+    later = "log.after:4" if point != "promote.before" else "promote.after:1"
+    second = driver.start("sft", config, log=log, environment=environment, kills=[f"pause@{later}"])
     owner = pid_of_paused(second, config)
 
+    written = files_of(config)
     os.kill(overtaken, signal.SIGCONT)
     assert driver.wait(first, WITHIN_S) == 1
+    assert files_of(config) == written
     assert "LeaseLost" in log.read_text()
     assert steps_of(overtaken, config) == stepped
     os.kill(owner, signal.SIGCONT)

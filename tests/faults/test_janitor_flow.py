@@ -10,7 +10,6 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-import httpx
 import pytest
 
 from cookbook import embedded
@@ -56,21 +55,9 @@ def workers_of(stage):
     ]
 
 
-def submitted(stage, flow, config):
-    """A flow run of a deployment; a server that is busy on few cores is asked again."""
-    for _ in range(5):
-        try:
-            return stage.submit(flow, config)
-        except httpx.HTTPStatusError as error:
-            if error.response.status_code != 503:
-                raise
-        time.sleep(2)
-    raise AssertionError("the Prefect server answers 503")
-
-
 def run_janitor(stage):
     """One turn of the janitor, on a worker."""
-    run_id = submitted(stage, "janitor", QUICK)
+    run_id = stage.submit("janitor", QUICK)
     until(lambda: stage.state(run_id) in FINAL, 120, "the janitor ends", poll_s=0.5)
     assert stage.state(run_id) == "COMPLETED", stage.logs(run_id)
 
@@ -94,7 +81,7 @@ def test_a_flow_run_that_dies_at_a_random_moment_is_brought_to_its_end(stage, un
     """Also before it has started; with its worker gone, by one that is started afterwards."""
     log_path = tmp_path / "run"
     parameters = {**undisturbed, "log_path": str(log_path)}
-    run_id = submitted(stage, "sft", parameters)
+    run_id = stage.submit("sft", parameters)
     until(lambda: stage.state(run_id) not in ("SCHEDULED",), 60, "a worker takes the flow run")
     time.sleep(random.Random(f"{killed} {seed}").uniform(0, 12))
     if killed != "flow":
@@ -116,7 +103,7 @@ def test_a_flow_run_that_dies_at_a_random_moment_is_brought_to_its_end(stage, un
 
 def test_a_cancelled_flow_run_frees_everything_and_is_not_retried(stage, undisturbed, tmp_path):
     parameters = {**undisturbed, "log_path": str(tmp_path / "run"), "epochs": 200}
-    run_id = submitted(stage, "sft", parameters)
+    run_id = stage.submit("sft", parameters)
     until(lambda: max(losses(parameters), default=0) >= 3, 120, "training begins")
     stage.call("POST", f"/flow_runs/{run_id}/set_state", {"state": {"type": "CANCELLING"}})
     until(lambda: stage.state(run_id) == "CANCELLED", 60, "the flow run is cancelled")

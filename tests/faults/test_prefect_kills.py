@@ -19,14 +19,13 @@ import pytest
 
 from cookbook.config import Environment
 from cookbook.control_plane import connect
-from cookbook.janitor import sweep
 from tests.faults import driver
 from tests.faults.checks import Outcome, is_identical, leaks, log_of, outcome, run_id_of
 from tests.faults.prefect_plays import ACTS, Play, losses_of, recorded_rollouts
-from tests.faults.prefect_stage import Stage
+from tests.faults.prefect_stage import Stage, until
 from tests.faults.runs import config_of, home_of_suite
 
-pytestmark = [pytest.mark.faults, pytest.mark.timeout(1500)]
+pytestmark = [pytest.mark.faults, pytest.mark.xdist_group("prefect"), pytest.mark.timeout(2400)]
 
 SEEDS = (1, 2)
 KILLS_A_RUN = 6
@@ -72,13 +71,17 @@ def plays_of(seed, stage, place):
         first = KILLS_A_RUN * (number + len(driver.RECIPES) * (seed - 1))
         acts = tuple(ACTS[(first + n) % len(ACTS)] for n in range(KILLS_A_RUN))
         by_prefect = (number + seed) % 2 == 0
-        retry = {"initial_delay_s": 0.1, "max_delay_s": 0.5, "restores": 0 if by_prefect else 3}
-        path = place.folder / f"{recipe}-{seed}"
-        config = config_of(recipe, seed, place, path, epochs=EPOCHS[recipe], retry=retry)
+        config = config_for(recipe, seed, place, "killed", restores=0 if by_prefect else 3)
         variables = FLOW_RETRIES if by_prefect else {}
         rng = random.Random(1000 * seed + number)
         plays.append(Play(stage, place.home, recipe, config, acts, rng, STEPS[recipe], variables))
     return plays
+
+
+def config_for(recipe, seed, place, name, restores=3):
+    retry = {"initial_delay_s": 0.1, "max_delay_s": 0.5, "restores": restores}
+    path = place.folder / f"{recipe}-{seed}-{name}"
+    return config_of(recipe, seed, place, path, epochs=EPOCHS[recipe], retry=retry)
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -101,7 +104,7 @@ def test_every_run_that_was_killed_through_prefect_ends_as_if_nothing_had_happen
 
 def differences(play, seed, place):
     """Where a run has come out otherwise than an undisturbed one, which is run now, below Prefect."""
-    config = {**play.config, "log_path": str(place.folder / f"{play.recipe}-{seed}-undisturbed")}
+    config = config_for(play.recipe, seed, place, "undisturbed")
     process = driver.start(play.recipe, config, log=log_of(config), environment=place.environment)
     assert driver.wait(process, 300) == 0, log_of(config).read_text()[-3000:]
     expected = outcome(play.recipe, config, place.home)
@@ -117,14 +120,11 @@ def different_parts(play: Play, found: Outcome, expected: Outcome):
     if play.recipe == "rl":
         if not is_identical(found, expected):
             print("RL: rows met in other steps than in the undisturbed run, as they may")
-        names = ["commit"]
+        pairs = [("rows, epoch and position", found.commit[1:], expected.commit[1:])]
     else:
-        names = ["weights", "optimizer", "sampler", "model", "commit", "metrics"]
-    return [
-        f"{name}: {getattr(found, name)}, undisturbed {getattr(expected, name)}"
-        for name in names
-        if getattr(found, name) != getattr(expected, name)
-    ]
+        names = ("weights", "optimizer", "sampler", "model", "commit", "metrics")
+        pairs = [(name, getattr(found, name), getattr(expected, name)) for name in names]
+    return [f"{name}: {ours}, undisturbed {theirs}" for name, ours, theirs in pairs if ours != theirs]
 
 
 def wrong_rows(play):
@@ -146,8 +146,9 @@ def wrong_rows(play):
 
 def left_over(stage, place, plays):
     """What is still there after the janitor: resources and workers of the backend, and processes of Prefect's."""
+    janitor = stage.submit("janitor", {"grace_s": 0, "settle_s": 1})
+    until(lambda: stage.state(janitor) == "COMPLETED", 120, "the janitor is done")
     with connect("embedded", Environment(place.home, fireworks_base_url="")) as control:
-        sweep(place.home, control, grace_s=0)
         found = leaks(place.home, control, [run_id_of(play.config) for play in plays])
     found += stage.flow_processes()
     for play in plays:

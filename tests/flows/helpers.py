@@ -61,7 +61,7 @@ def write_prompts(path: Path, num_rows: int = 24) -> Path:
 
 
 def rl_parameters(log_path: Path, model: Path, rows: Path, **fields: Any) -> dict[str, Any]:
-    """A whole RL config as plain data, for the tiny model in float32."""
+    """A whole RL config as plain data, for the tiny model in float32. All rollouts are kept, for the tests to count."""
     arguments = ["--compute-dtype=float32", "--threads=1"]
     return {
         "log_path": str(log_path),
@@ -75,6 +75,7 @@ def rl_parameters(log_path: Path, model: Path, rows: Path, **fields: Any) -> dic
         "weight_sync": {"dcp_save_interval": 2},
         "infra": {"extra_args": arguments},
         "deployment": {"deployment_extra_args": arguments},
+        "storage": {"keep_last": None},
         **fields,
     }
 

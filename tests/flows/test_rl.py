@@ -80,7 +80,7 @@ def test_windows_of_two_steps_lose_no_row_and_sync_every_other_step(environment,
     assert syncs == [step for step in losses(parameters) if step % 2 == 1 and step > 1]
 
 
-def test_a_lora_run_with_a_kl_term_and_a_calculator(environment, tiny_model, prompts_file, tmp_path):
+def test_a_lora_run_with_a_kl_term_and_a_calculator(environment, backend_home, tiny_model, prompts_file, tmp_path):
     parameters = rl_parameters(
         tmp_path / "run",
         tiny_model,
@@ -94,8 +94,18 @@ def test_a_lora_run_with_a_kl_term_and_a_calculator(environment, tiny_model, pro
         policy_loss="gspo",
         advantage="leave_one_out",
         trajectory_dir=str(tmp_path / "trajectories"),
+        weight_sync={"dcp_save_interval": 1},
+        storage={"keep_last": 1},
     )
-    run_here(parameters, environment, "rl")
+    summary = run_here(parameters, environment, "rl")
+    assert [row["name"] for row in commits(parameters)] == ["step-2"]
+    assert recorded_steps(parameters) == {}  # no restore needs what was sampled before the only checkpoint
+    samplers = backend_home.glob(f"checkpoints/{summary['run_id']}-policy-g1/sampler/*")
+    assert sorted(path.name[:8] for path in samplers) == [
+        "step-1-1",
+        "step-2-1",
+        commits(parameters)[-1]["sampler_path"][:8],
+    ]
     rows = [row for row in metrics(parameters) if "train/loss" in row]
     assert rows[0]["kl/mean"] < 1e-6  # the adapter starts at zero
     assert rows[-1]["kl/mean"] > 1e-6

@@ -13,7 +13,7 @@ from cookbook.files import append_jsonl, write_json
 from cookbook.janitor_config import JanitorConfig
 from cookbook.run import RunDirectory
 from tasks import supervision
-from tasks.supervision import find_dead_runs, retry_dead_runs
+from tasks.supervision import end_stale_janitors, find_dead_runs, retry_dead_runs
 
 SETTLE_S = 0.4
 
@@ -103,7 +103,7 @@ def test_only_flow_runs_whose_process_has_died_are_retried(server, tmp_path):
             "killed": "retried",
             "crashed": "retried",
             "never-began": "retried",
-            "terminal": "left",
+            "terminal": "ended",
             "elsewhere": "left",
         }
         assert "start it again" in done["terminal"][1]
@@ -125,7 +125,8 @@ def test_of_several_flow_runs_with_one_log_path_only_the_newest_counts(server, t
     server.set(second, "CANCELLED")  # somebody has decided; the first must not come back in its place
     assert supervise(tmp_path) == {}
     server.set(first, "RUNNING")
-    assert supervise(tmp_path)["run"] == ("left", "its process has died; a later flow run has the same log_path")
+    assert supervise(tmp_path)["run"] == ("ended", "its process has died; a later flow run has the same log_path")
+    assert server.state(first) == "Crashed"
 
 
 def test_retries_without_a_new_commit_come_to_an_end(server, tmp_path):
@@ -141,6 +142,18 @@ def test_retries_without_a_new_commit_come_to_an_end(server, tmp_path):
     assert supervise(tmp_path, max_retries=2)["run"][1].endswith("from checkpoint step-5 (1 of 2)")
     noted = json.loads((tmp_path / "run" / "supervisor.json").read_text())
     assert noted == {"flow_run_id": run_id, "commit": "step-5", "retries": 1}
+
+
+def test_a_janitor_that_died_with_its_worker_does_not_keep_the_next_ones_out(server, monkeypatch):
+    flow = server.post("/flows/", name="janitor")["id"]
+    dead, young = (server.post("/flow_runs/", flow_id=flow, state={"type": "PENDING"})["id"] for _ in range(2))
+    server.set(dead, "RUNNING")
+    time.sleep(1.1)
+    monkeypatch.setattr(supervision, "STALE_S", 1.0)
+    server.set(young, "RUNNING")
+    assert end_stale_janitors.fn() == 1
+    assert (server.state(dead), server.state(young)) == ("Crashed", "Running")
+    server.set(young, "CANCELLED")
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """Checkpoint rows of a trainer job, read from the manifests on disk: they outlive the job, and the code version too.
 
-Deleting one, the size and the step of each, and whether its files are all there, are additions of the embedded backend to the
-training API.
+Deleting one, the size and the step of each, and whether its files are all there, are additions of the embedded backend
+to the training API.
 """
 
 from __future__ import annotations

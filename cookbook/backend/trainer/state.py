@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
-import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -29,10 +27,9 @@ from cookbook.errors import DOES_NOT_FIT, CheckpointError
 
 __all__ = ["TrainingState", "read_state", "write_state"]
 
+_MAX_THREADS = 8
 _FILE_BYTES = 256 * 2**20
 """Of tensors in one file, at least: so that several threads write, hash and verify a large state."""
-
-_NICENESS = 5
 
 
 @dataclass(frozen=True)
@@ -62,7 +59,7 @@ def write_state(folder: Path, state: TrainingState, stop: Callable[[], bool] = l
             failed = True  # the other threads need not go on
             raise
 
-    with ThreadPoolExecutor(min(len(files), os.cpu_count() or 1), initializer=_step_back) as threads:
+    with ThreadPoolExecutor(min(len(files), os.cpu_count() or 1, _MAX_THREADS)) as threads:
         written = [threads.submit(write, name, tensors) for name, tensors in zip(names, files, strict=True)]
     errors = [error for future in written if (error := future.exception()) is not None]
     if errors:
@@ -91,12 +88,6 @@ def read_state(folder: Path, weight_shapes: Mapping[str, torch.Size], *, with_mo
         except CheckpointException as error:
             raise next(iter(error.failures.values()))[0] from error
     return state
-
-
-def _step_back() -> None:
-    """Let threads that compute go first: a save that takes a little longer holds up nobody."""
-    if sys.platform == "linux":  # where priorities are of threads
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
 
 
 def _divided(tensors: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
