@@ -8,7 +8,7 @@ from cookbook.control_plane import ControlPlane, Deployment
 from cookbook.deadlines import Deadline
 from cookbook.errors import ProvisioningError
 
-__all__ = ["DELETED", "FAILED", "is_scaled_to_zero", "status_of", "wait_until_ready"]
+__all__ = ["DELETED", "FAILED", "is_lost", "is_scaled_to_zero", "status_of", "wait_until_ready"]
 
 FAILED = "FAILED"
 DELETED = ("DELETING", "DELETED")
@@ -18,6 +18,7 @@ _STARTING = ("CREATING", "UPDATING")
 _GONE: Deployment = {"state": "DELETED", "statusMessage": "there is no such deployment"}
 _FIRST_PAUSE_S = 0.1
 _LONGEST_PAUSE_S = 5.0
+_STATE_TIMEOUT_S = 10.0
 
 
 def wait_until_ready(control: ControlPlane, deployment_id: str, deadline: Deadline, *, probed: bool) -> Deployment:
@@ -46,6 +47,15 @@ def wait_until_ready(control: ControlPlane, deployment_id: str, deadline: Deadli
             )
         time.sleep(min(pause, deadline.remaining()))
         pause = min(1.5 * pause, _LONGEST_PAUSE_S)
+
+
+def is_lost(control: ControlPlane, deployment_id: str) -> bool:
+    """Whether a deployment is gone or has failed, so that no further request can help; False when nobody can tell."""
+    try:
+        found = control.deployment(deployment_id, _STATE_TIMEOUT_S)
+    except ProvisioningError:
+        return False
+    return found is None or found["state"] in (FAILED, *DELETED)
 
 
 def is_scaled_to_zero(deployment: Deployment) -> bool:

@@ -52,7 +52,7 @@ __all__ = [
 
 
 DOES_NOT_FIT = "does not fit this model"
-"""What the embedded backend says of a checkpoint that is whole, but of another model: an older one would not fit either."""
+"""What the embedded backend says of a checkpoint that is whole, but of another model; an older one is no better."""
 
 
 class CookbookError(Exception):

@@ -36,6 +36,12 @@ class JanitorConfig(Config):
         description="Seconds after which a flow run that a worker has taken up but not started counts as dead. Longer "
         "than a start takes.",
     )
+    cancel_s: float = Field(
+        60,
+        gt=0,
+        description="Seconds after which a flow run that was cancelled, and that its worker has not ended, is told to "
+        "stop, and within which it then has to.",
+    )
     crashed_within_h: float = Field(
         24, gt=0, description="Hours: a flow run that crashed longer ago is left alone; somebody has decided about it."
     )

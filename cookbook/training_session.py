@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 __all__ = ["CLOSE_TIMEOUT_S", "TrainingSession", "describe", "is_user_error", "message_of"]
 
 CLOSE_TIMEOUT_S = 3.0
-_OPEN_ATTEMPTS = 5
+_OPEN_ATTEMPTS = 10
 
 logger = logging.getLogger(__name__)
 

@@ -20,9 +20,9 @@ from cookbook.client import ReconnectableClient
 from cookbook.config import WeightSyncConfig
 from cookbook.control_plane import ControlPlane, insist, problem_of
 from cookbook.deadlines import Deadline
-from cookbook.deployment_state import DELETED, FAILED
+from cookbook.deployment_state import is_lost
 from cookbook.deployments import DeploymentHandle, attach_trainer
-from cookbook.errors import DeploymentLost, ProvisioningError, RequestRejected, WeightSyncError
+from cookbook.errors import DeploymentLost, RequestRejected, WeightSyncError
 from cookbook.provisioning import TrainerHandle
 
 if TYPE_CHECKING:
@@ -272,7 +272,7 @@ class WeightSync:
         else:
             return time.monotonic() - started
         failure = self._error(time.monotonic() - started, saved.snapshot_name, f"{problem}{self._words()}")
-        raise DeploymentLost(f"{failure}") if self._is_lost() else failure
+        raise DeploymentLost(f"{failure}") if is_lost(self._control, self.deployment.deployment_id) else failure
 
     def _verify(self, snapshot: str, deadline: Deadline) -> float:
         """Ask until every replica serves the snapshot: the SDK looks at the first one only."""
@@ -335,14 +335,6 @@ class WeightSync:
             Deadline(timeout_s),
         )
         return list(status.get("replicas") or [])
-
-    def _is_lost(self) -> bool:
-        """Whether the deployment is gone or has failed, so that no further attempt can help."""
-        try:
-            found = self._control.deployment(self.deployment.deployment_id, _STATUS_TIMEOUT_S)
-        except ProvisioningError:
-            return False
-        return found is None or found["state"] in (FAILED, *DELETED)
 
     def _words(self) -> str:
         """What the deployment itself says about its load, if anything."""

@@ -14,6 +14,7 @@ from typing import Any
 
 from cookbook.config import Environment, environment
 from cookbook.control_plane import ControlPlane, connect
+from cookbook.deployment_state import is_lost
 from cookbook.deployments import DeploymentHandle, release_deployments
 from cookbook.errors import CheckpointError, ConfigError, DataError, ModelError, Problem
 from cookbook.evaluation.report import EvaluationReport, RowResult, make_report
@@ -91,6 +92,7 @@ class EvalRun(KeptEvaluation):
             config.deployment.replica_count or 1,
             float(config.deployment.sample_timeout),
             config.retry,
+            lambda: is_lost(self.control, deployment.deployment_id),
         )
 
     def check_version(self, role: str) -> str:

@@ -25,6 +25,7 @@ import prefect.futures
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 from prefect.futures import PrefectFuture
+from prefect.task_engine import TaskRunTimeoutError
 from prefect.utilities.annotations import quote
 
 from cookbook.config import RetryConfig
@@ -79,7 +80,10 @@ class Policy:
         def goes_on(_task: Any, _run: Any, state: Any) -> bool:
             error = state.result(raise_on_failure=False)
             in_time = retry.deadline_s == 0 or time.monotonic() - started < retry.deadline_s
-            return in_time and is_retried(error) and not given_up()
+            # Prefect ends a task with its own time-out also when it is the flow's time that is up, and only once: a
+            # retry would run on without any. What may be retried ends by the deadline in the body before that.
+            is_prefects = isinstance(error, TaskRunTimeoutError)
+            return in_time and is_retried(error) and not is_prefects and not given_up()
 
         return {
             "timeout_seconds": self.deadline_s + BACKSTOP_S,

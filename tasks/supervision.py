@@ -36,7 +36,7 @@ from cookbook.janitor_config import JanitorConfig
 from cookbook.supervision import RunDirectoryState, count_retry
 from tasks.page import page_log
 
-__all__ = ["Suspect", "end_stale_janitors", "find_dead_runs", "retry_dead_runs"]
+__all__ = ["Suspect", "end_stale_janitors", "find_dead_runs", "flow_runs", "log_path_of", "retry_dead_runs"]
 
 FLOWS = (*RECIPE_CONFIGS, "eval")
 """Names of the flows that have a run directory."""
@@ -61,7 +61,7 @@ class Suspect:
     """In Prefect's words: RUNNING, PENDING or CRASHED."""
     state_id: str
     done: str
-    """"to be retried", "retried", "to be ended", "ended" (Prefect is told that it crashed), "left"."""
+    """"to be retried", "retried", "to be ended", "ended" (Prefect is told that it crashed, or is cancelled), "left"."""
     why: str
 
     @property
@@ -79,7 +79,7 @@ class Suspect:
 def find_dead_runs(config: JanitorConfig) -> list[Suspect]:
     """All flow runs of the recipes that no live process works for, the oldest first. Nothing is changed."""
     with get_client(sync_client=True) as client:
-        candidates = [run for run in _runs(client, states=_DEAD_STATES) if _is_old_enough(run, config)]
+        candidates = [run for run in flow_runs(client, states=_DEAD_STATES) if _is_old_enough(run, config)]
         if not candidates:
             return []
         newest = _newest(client, min(_due(run) for run in candidates))
@@ -113,7 +113,7 @@ def end_stale_janitors() -> int:
     before = datetime.now(UTC) - timedelta(seconds=STALE_S)
     with get_client(sync_client=True) as client:
         started = FlowRunFilterExpectedStartTime(before_=before)
-        runs = list(_runs(client, ("janitor",), states=_LIVE_STATES, expected_start_time=started))
+        runs = list(flow_runs(client, ("janitor",), states=_LIVE_STATES, expected_start_time=started))
         stale = [run for run in runs if run.state is not None and run.state.timestamp < before]
         for run in stale:
             client.set_flow_run_state(run.id, Crashed(message="Its process has died."))
@@ -126,7 +126,7 @@ _DEAD_STATES = (StateType.RUNNING, StateType.PENDING, StateType.CRASHED)
 
 def _suspect(run: FlowRun, newest: dict[Path, UUID], config: JanitorConfig) -> Suspect | None:
     """What to do about a flow run; None when a process works for it, or nobody would want it retried."""
-    path = _log_path(run)
+    path = log_path_of(run)
     if path is None or run.state is None:
         return None
     suspect = Suspect(str(run.id), run.name, str(path), run.state.type.value, str(run.state.id), "left", "")
@@ -201,7 +201,7 @@ def _confirmed(client: SyncPrefectClient, suspect: Suspect) -> Suspect:
     return _set_to_retry(client, suspect, f"{suspect.why}; a late report of the crash had undone it")
 
 
-def _runs(
+def flow_runs(
     client: SyncPrefectClient,
     flows: tuple[str, ...] = FLOWS,
     *,
@@ -231,15 +231,16 @@ def _newest(client: SyncPrefectClient, since: datetime) -> dict[Path, UUID]:
     One that waits for its turn counts, one that is scheduled for later does not.
     """
     window = FlowRunFilterExpectedStartTime(after_=since - timedelta(seconds=1), before_=datetime.now(UTC))
-    runs = _runs(client, expected_start_time=window)
-    return {path: run.id for run in runs if (path := _log_path(run)) is not None}
+    runs = flow_runs(client, expected_start_time=window)
+    return {path: run.id for run in runs if (path := log_path_of(run)) is not None}
 
 
 def _due(run: FlowRun) -> datetime:
     return run.expected_start_time or run.created or datetime.now(UTC)
 
 
-def _log_path(run: FlowRun) -> Path | None:
+def log_path_of(run: FlowRun) -> Path | None:
+    """The run directory of a flow run; None when its parameters name none."""
     config = run.parameters.get("config")
     log_path = config.get("log_path") if isinstance(config, dict) else None
     return Path(log_path).expanduser().resolve() if isinstance(log_path, str) and log_path else None

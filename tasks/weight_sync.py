@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from cookbook.deployment_state import is_lost
 from cookbook.deployments import DeploymentHandle
 from cookbook.errors import WeightSyncError
 from cookbook.rollouts.collect import RolloutCollector
@@ -67,6 +68,7 @@ def open_sampler(run: RLRun, deployment: DeploymentHandle) -> RolloutSampler:
         config.deployment.replica_count or 1,
         float(config.deployment.sample_timeout),
         config.retry,
+        lambda: is_lost(run.control, deployment.deployment_id),
     )
 
 

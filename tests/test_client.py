@@ -11,11 +11,13 @@ from fireworks.training.sdk import AdamParams, TrainerJobManager
 from cookbook.client import ReconnectableClient
 from cookbook.data.datums import datum_from_row
 from cookbook.errors import RequestRejected, TrainerLost
+from tests.faulty_proxy import Endpoint, FaultyProxy, Legal
 from tests.hostile import HostileTrainer
 from tests.running_backend import MODEL
 
 ADAM = AdamParams(learning_rate=1e-2)
 KEY = "hostile-secret-key"
+SESSION_REQUESTS = ("create_session", "create_model")
 
 
 def rows(seed=0, num_rows=3):
@@ -61,6 +63,16 @@ def test_forward_and_forward_backward_see_the_same_loss(client):
     client.optim_step(ADAM)
     assert client.step == 1
     assert client.forward(rows(), "cross_entropy").metrics["loss:sum"] < forward.metrics["loss:sum"]
+
+
+def test_a_session_is_opened_although_a_proxy_answers_without_a_word(backend, manager, trainer):
+    empty = (Legal("400-empty"),)
+    table = [Endpoint(name, "POST", f".*/{name}", empty, 1.0, in_a_row=1, key="") for name in SESSION_REQUESTS]
+    with FaultyProxy(backend.base_url, table) as proxy:
+        url = f"{proxy.url}/training/v1/rlorTrainerJobs/local/{trainer}"
+        with ReconnectableClient(manager, trainer, MODEL, 4, seed=1, base_url=url) as client:
+            assert losses(client, 1) != []
+        assert proxy.counts == {"400-empty": 3}  # session, model, and the session anew
 
 
 def test_forwards_in_flight_are_answered_in_any_order_of_asking(client):

@@ -397,6 +397,6 @@ def test_the_flow_is_scheduled_in_a_queue_of_its_own():
     deployments = yaml.safe_load((Path(__file__).parents[1] / "prefect.yaml").read_text())["deployments"]
     janitor = next(deployment for deployment in deployments if deployment["name"] == "janitor")
     assert [schedule["interval"] for schedule in janitor["schedules"]] == [300]
-    assert janitor["concurrency_limit"] == {"limit": 1, "collision_strategy": "CANCEL_NEW"}
+    assert janitor["concurrency_limit"] == {"limit": 3, "collision_strategy": "CANCEL_NEW"}
     others = {deployment["work_pool"].get("work_queue_name") for deployment in deployments if deployment != janitor}
     assert janitor["work_pool"]["work_queue_name"] not in others

@@ -12,7 +12,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Coroutine, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol, Self, TypeVar
@@ -22,6 +22,7 @@ from fireworks.training.sdk import AdaptiveConcurrencyController, DeploymentSamp
 from fireworks.training.sdk.sampling_observability import SamplingRequestError
 
 from cookbook.config import ConcurrencyConfig, RetryConfig
+from cookbook.deadlines import Deadline
 from cookbook.errors import DeploymentLost, SamplingError
 from cookbook.recovery import COMPLETION_STATUSES
 
@@ -34,6 +35,7 @@ __all__ = ["Policy", "RolloutSampler", "Sampled", "make_controller", "served_ver
 T = TypeVar("T")
 
 _VERSIONED_ID = re.compile(r"cmpl-[0-9a-f]+\.(?P<version>.*)")
+_LOOK_EVERY_S = 5.0
 _HOT_LOAD_POLL_S = 1.0
 _HOT_LOAD_POLLS = 50  # the patience of the SDK, 50 s, in smaller steps: a slot is held meanwhile
 _SDK_CONNECTIONS = 256
@@ -124,6 +126,7 @@ class RolloutSampler:
         replicas: int,
         request_timeout_s: float,
         retry: RetryConfig,
+        is_lost: Callable[[], bool] = lambda: False,
     ) -> None:
         """Start the event loop. Nothing is sent yet.
 
@@ -136,10 +139,13 @@ class RolloutSampler:
             replicas: of the deployment; the adaptive mode starts at 8 for each.
             request_timeout_s: HTTP read timeout of one request.
             retry: attempts on top of the SDK's own.
+            is_lost: whether the deployment is known to be gone; asked every few seconds while `run` waits, as the
+                SDK goes on asking a dead deployment for minutes.
         """
         self.model = model
         self._timeout_s = request_timeout_s
         self._retry = retry
+        self._is_lost = is_lost
         self._tasks: set[asyncio.Task[Any]] = set()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="cookbook-sampler", daemon=True)
@@ -177,6 +183,7 @@ class RolloutSampler:
 
         Raises:
             SamplingError: it was not done within `timeout_s`; also whatever the coroutine raises.
+            DeploymentLost: the deployment is gone; the coroutine was cancelled.
         """
         if self._loop.is_closed():
             coroutine.close()
@@ -193,16 +200,23 @@ class RolloutSampler:
 
         self._loop.call_soon_threadsafe(start)
         try:
-            return outcome.result(timeout_s)
-        except TimeoutError:
-            if outcome.done():
-                raise
-            self._cancel(task, outcome)
-            raise SamplingError(f"sampling of {self.model} was not done within {timeout_s:g} s.") from None
+            return self._result(outcome, timeout_s)
         except BaseException:
             if not outcome.done():
                 self._cancel(task, outcome)
             raise
+
+    def _result(self, outcome: Future[T], timeout_s: float | None) -> T:
+        """Wait for the outcome, as long as the deployment is there."""
+        deadline = None if timeout_s is None else Deadline(timeout_s)
+        while True:
+            wait([outcome], _LOOK_EVERY_S if deadline is None else min(_LOOK_EVERY_S, deadline.remaining()))
+            if outcome.done():
+                return outcome.result()
+            if deadline is not None and deadline.expired:
+                raise SamplingError(f"sampling of {self.model} was not done within {deadline.seconds:g} s.")
+            if self._is_lost():
+                raise DeploymentLost(f"deployment {self.model} has failed or was deleted while it was sampled from.")
 
     def _cancel(self, task: Future[asyncio.Task[T]], outcome: Future[T]) -> None:
         self._loop.call_soon_threadsafe(lambda: task.result().cancel())
@@ -308,9 +322,8 @@ class RolloutSampler:
                 if permanent or late or attempt == self._retry.attempts:
                     lost = SamplingError if permanent or broken_off else DeploymentLost
                     raise lost(self._failure(where, attempt, error)) from error
-                logger.warning(
-                    "%s: attempt %d of %d failed: %s", where, attempt, self._retry.attempts, _describe(error)
-                )
+                what = _describe(error).partition("\n")[0]
+                logger.warning("%s: attempt %d of %d failed: %s", where, attempt, self._retry.attempts, what)
                 await asyncio.sleep(pauses[attempt - 1] * (1 + self._retry.jitter * random.random()))
         raise AssertionError("unreachable: the last attempt returns or raises")
 

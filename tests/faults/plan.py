@@ -64,7 +64,7 @@ def _kills(recipe: str, seed: int, seconds: float) -> Iterator[Kill]:
             yield Kill(drawn.choice(roles), drawn.choice(middle), drawn.randint(1, 2))
         yield Kill("flow", point, drawn.randint(1, 2))
     for _ in range(RANDOM_KILLS):
-        yield Kill.at(drawn.choice(("flow", "flow", *roles)), drawn.uniform(0, seconds))
+        yield Kill.at(drawn.choice(("flow", "flow", *roles)), drawn.uniform(0, seconds / 3))
     for role in roles:
         yield Kill(role, drawn.choice(points_of(_LATE)))
     for point in points_of(phase for phase in phases if phase in _LATE):

@@ -24,6 +24,9 @@ __all__ = ["CHECKOUT", "DEAD", "Stage", "flow_process", "until"]
 
 CHECKOUT = Path(__file__).parents[2]
 POOL = "cookbook"
+BUSY_S = 240.0
+"""Seconds within which a server that was killed, or has too much to do, answers again."""
+
 DEAD = ("FAILED", "CRASHED", "CANCELLED")
 
 T = Any
@@ -99,7 +102,7 @@ class Stage:
         environment = {k: v for k, v in self.environment.items() if k != "PREFECT_API_URL"}
         command = ["server", "start", "--host", "127.0.0.1", "--port", str(self.port)]
         self._server = self._spawn(command, "server.log", environment)
-        until(self._answers, 90, f"the Prefect server answers; see {self.folder / 'server.log'}")
+        until(self._answers, BUSY_S, f"the Prefect server answers; see {self.folder / 'server.log'}")
 
     def kill_server(self) -> None:
         """SIGKILL for the server and all that belongs to it."""
@@ -151,7 +154,7 @@ class Stage:
                     found.append(f"process {folder.name}: a zombie of worker {parent}")
         return found
 
-    def prefect(self, *arguments: str, timeout_s: float = 120) -> str:
+    def prefect(self, *arguments: str, timeout_s: float = BUSY_S) -> str:
         """A `prefect` command, which must succeed; its output."""
         done = subprocess.run(
             [sys.executable, "-m", "prefect", *arguments],
@@ -168,7 +171,7 @@ class Stage:
     def call(self, method: str, path: str, body: Any = None) -> Any:
         """A call of the server's API; its answer. Waits for a server that is being restarted, or whose database is
         locked; a lost answer is asked for again."""
-        deadline = time.monotonic() + 90
+        deadline = time.monotonic() + BUSY_S
         while True:
             try:
                 answer = self._client.request(method, path, json=body)

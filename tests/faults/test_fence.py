@@ -43,19 +43,22 @@ def undisturbed(place):
     return outcome("sft", config, place.home)
 
 
-def pid_of_paused(process, config):
-    """Wait until the process stops itself."""
+def state_of(pid):
+    """In the kernel's letters: T is stopped, Z has ended."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+
+
+def wait_until_paused(process, config):
     deadline = time.monotonic() + WITHIN_S
-    while Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0] != "T":
+    while process.exitcode is not None or state_of(process.pid) != "T":
         assert process.exitcode is None, log_of(config).read_text()[-2000:]
         assert time.monotonic() < deadline, "the run did not come to where it is to be paused"
         time.sleep(0.02)
-    return process.pid
 
 
-def steps_of(pid, config):
+def steps_of(process, config):
     events = map(json.loads, journal(log_of(config)).read_text().splitlines())
-    return [event["step"] for event in events if event["event"] == "stepped" and event["pid"] == pid]
+    return [event["step"] for event in events if event["event"] == "stepped" and event["pid"] == process.pid]
 
 
 def files_of(config):
@@ -63,24 +66,37 @@ def files_of(config):
     return {path: path.read_bytes() for path in Path(config["log_path"]).rglob("*") if path.is_file()}
 
 
+@pytest.fixture
+def start(place):
+    """Starts a run until its process stops itself at a point; killed at the end of the test, also when it is paused."""
+    started = []
+
+    def start(config, point):
+        process = driver.start("sft", config, log=log_of(config), environment=place.environment, kills=[point])
+        started.append(process)
+        wait_until_paused(process, config)
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.join()
+
+
 @pytest.mark.parametrize("point", POINTS)
-def test_who_was_overtaken_does_nothing_any_more(place, undisturbed, point):
+def test_who_was_overtaken_does_nothing_any_more(place, undisturbed, start, point):
     config = config_of("sft", 0, place, place.folder / f"overtaken-at-{point.replace('.', '-')}")
-    log, environment = log_of(config), place.environment
-    first = driver.start("sft", config, log=log, environment=environment, kills=[f"pause@{point}:1"])
-    overtaken = pid_of_paused(first, config)
+    overtaken = start(config, f"pause@{point}:1")
     stepped = steps_of(overtaken, config)
     (Path(config["log_path"]) / ".lock").unlink()
-    later = "log.after:4" if point != "promote.before" else "promote.after:1"
-    second = driver.start("sft", config, log=log, environment=environment, kills=[f"pause@{later}"])
-    owner = pid_of_paused(second, config)
+    owner = start(config, "pause@promote.after:1" if point == "promote.before" else "pause@log.after:4")
 
     written = files_of(config)
-    os.kill(overtaken, signal.SIGCONT)
-    assert driver.wait(first, WITHIN_S) == 1
+    os.kill(overtaken.pid, signal.SIGCONT)
+    assert driver.wait(overtaken, WITHIN_S) == 1
+    assert "LeaseLost" in log_of(config).read_text()
     assert files_of(config) == written
-    assert "LeaseLost" in log.read_text()
     assert steps_of(overtaken, config) == stepped
-    os.kill(owner, signal.SIGCONT)
-    assert driver.wait(second, WITHIN_S) == 0
+    os.kill(owner.pid, signal.SIGCONT)
+    assert driver.wait(owner, WITHIN_S) == 0
     assert differences("sft", config, place.home, undisturbed) == []

@@ -81,14 +81,15 @@ def plays_of(seed, stage, place):
 def config_for(recipe, seed, place, name, restores=3):
     retry = {"initial_delay_s": 0.1, "max_delay_s": 0.5, "restores": restores}
     path = place.folder / f"{recipe}-{seed}-{name}"
-    return config_of(recipe, seed, place, path, epochs=EPOCHS[recipe], retry=retry)
+    fields = {"storage": {"keep_last": None}} if recipe == "rl" else {}  # all rollouts stay, to be counted
+    return config_of(recipe, seed, place, path, epochs=EPOCHS[recipe], retry=retry, **fields)
 
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_every_run_that_was_killed_through_prefect_ends_as_if_nothing_had_happened(seed, stage, place, played):
     plays = plays_of(seed, stage, place)
     played += plays
-    threads = [threading.Thread(target=play.run, name=play.recipe) for play in plays]
+    threads = [threading.Thread(target=play.run, name=play.recipe, daemon=True) for play in plays]
     for thread in threads:
         thread.start()
     for thread in threads:

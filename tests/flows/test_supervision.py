@@ -1,9 +1,13 @@
 """Which flow runs the janitor retries, on a real Prefect server; their states are made here, their processes not."""
 
 import json
+import signal
+import subprocess
+import sys
 import threading
 import time
 from contextlib import contextmanager
+from pathlib import Path
 
 import httpx
 import pytest
@@ -13,6 +17,7 @@ from cookbook.files import append_jsonl, write_json
 from cookbook.janitor_config import JanitorConfig
 from cookbook.run import RunDirectory
 from tasks import supervision
+from tasks.cancelling import end_cancelled_runs
 from tasks.supervision import end_stale_janitors, find_dead_runs, retry_dead_runs
 
 SETTLE_S = 0.4
@@ -28,7 +33,13 @@ class Server:
         self.deployment = self.post("/deployments/", name=folder.name[-40:], flow_id=self.flow, paused=True)["id"]
 
     def post(self, path, **body):
-        return self.http.post(path, json=body).raise_for_status().json()
+        """As Prefect's own client does, it asks again where the server's database is locked."""
+        for _ in range(50):
+            answer = self.http.post(path, json=body)
+            if answer.status_code != 503:
+                break
+            time.sleep(0.2)
+        return answer.raise_for_status().json()
 
     def run(self, name, *states, deployed=True):
         """A flow run with a run directory of this name, that went through these states; its id."""
@@ -154,6 +165,55 @@ def test_a_janitor_that_died_with_its_worker_does_not_keep_the_next_ones_out(ser
     assert end_stale_janitors.fn() == 1
     assert (server.state(dead), server.state(young)) == ("Crashed", "Running")
     server.set(young, "CANCELLED")
+
+
+OWNER = """
+import os, signal, sys
+from pathlib import Path
+from cookbook.run import RunDirectory
+home, path, flow_run = sys.argv[1:]
+RunDirectory.open(path, recipe="sft", config={}, home=Path(home), started_by=flow_run)
+print("owned", flush=True)
+signal.pause()
+"""
+
+
+def owned_by(folder, name, flow_run):
+    """A process that owns a run for a flow run."""
+    command = [sys.executable, "-c", OWNER, str(folder / "home"), str(folder / name), flow_run]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE)
+    with process.stdout as output:
+        assert output.readline() == b"owned\n"
+    threading.Thread(target=process.wait, daemon=True).start()
+    return process
+
+
+def test_a_cancellation_that_nobody_has_heard_of_is_carried_out(server, tmp_path):
+    stopped(tmp_path, "dead")
+    deaf, dead = server.run("deaf", "RUNNING"), server.run("dead", "RUNNING")
+    replaced, young = server.run("replaced", "RUNNING"), server.run("young", "RUNNING")
+    processes = [
+        owned_by(tmp_path, "deaf", deaf),
+        owned_by(tmp_path, "replaced", "another"),
+        owned_by(tmp_path, "young", young),
+    ]
+    for run_id in (deaf, dead, replaced):
+        server.set(run_id, "CANCELLING")
+    time.sleep(1.1)
+    server.set(young, "CANCELLING")
+
+    def end(**options):
+        done = end_cancelled_runs.fn(JanitorConfig(cancel_s=1, **options))
+        return {Path(s.log_path).name: s.done for s in done if str(tmp_path) in s.log_path}
+
+    assert end(dry_run=True) == dict.fromkeys(("deaf", "dead", "replaced"), "to be ended")
+    assert server.state(deaf) == "Cancelling"
+    assert end() == dict.fromkeys(("deaf", "dead", "replaced"), "ended")
+    assert [server.state(run_id) for run_id in (deaf, dead, replaced, young)] == [*["Cancelled"] * 3, "Cancelling"]
+    assert [process.poll() for process in processes] == [-signal.SIGTERM, None, None]
+    for process in processes:
+        process.kill()
+        process.wait()
 
 
 @contextmanager

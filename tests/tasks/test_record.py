@@ -1,6 +1,8 @@
 """The budget of Prefect records, without a server: a recorded call is seen as a call of the Prefect task."""
 
 import pytest
+from prefect.states import Failed
+from prefect.task_engine import TaskRunTimeoutError
 
 from cookbook.config import RetryConfig, SFTConfig
 from cookbook.errors import RequestRejected, TrainerLost
@@ -122,3 +124,10 @@ def test_a_total_deadline_ends_the_retries():
     slow = RetryConfig(attempts=5, initial_delay_s=10, deadline_s=1)
     with pytest.raises(OSError, match="x"):
         Policy(1.0, slow).call(flaky([OSError("x")]))
+
+
+def test_prefects_own_time_out_is_not_retried():
+    """It may be the flow's, which comes only once."""
+    goes_on = Policy(60, QUICK).prefect_options()["retry_condition_fn"]
+    assert goes_on(None, None, Failed(data=TimeoutError("a connection")))
+    assert not goes_on(None, None, Failed(data=TaskRunTimeoutError("Scope timed out after 90.0 second(s).")))

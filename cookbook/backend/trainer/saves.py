@@ -36,11 +36,13 @@ class StateSaves:
         """
         self.wait()
         refuse_taken(folder)
+        started = time.monotonic()
         captured = self._staging.capture(state)
         if captured is None:
             self._write(folder, manifest, state)
             return None
         self._writing = folder
+        _log.info("state %s: captured in %.2f s", folder.name, time.monotonic() - started)
 
         def finish() -> None:
             try:
