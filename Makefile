@@ -71,8 +71,9 @@ docs: $(INSTALLED) ## Make docs/config.md from the config classes
 
 bench: $(INSTALLED) $(PEERS) ## Measure this project against its peers, in turn on the same rows
 	$(VENV)/bin/cookbook models pull smollm2-135m-instruct
-	for part in sft sample grpo dpo; do \
+	for part in sft sample grpo dpo dcp; do \
 		$(IN_VENV) -m benchmarks.$$part --peer-python $(PEER_VENV)/bin/python || exit 1; done
+	$(IN_VENV) -m benchmarks.orchestration
 
 # The peers have an environment of their own: their dependencies are not ours.
 $(PEERS): benchmarks/requirements.txt

@@ -6,6 +6,7 @@ Snapshots are real files in the home of the real backend; where their content ma
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -46,7 +47,9 @@ class PrunedRun(StoppedRun):
 
 @pytest.fixture
 def make_run(backend, tmp_path):
-    return lambda name="run", **config: PrunedRun(tmp_path / name, backend, **config)
+    """Makes runs; gone at the end, as what a run names is kept in all runs of the home."""
+    yield lambda name="run", **config: PrunedRun(tmp_path / name, backend, **config)
+    shutil.rmtree(tmp_path)
 
 
 @pytest.fixture

@@ -51,7 +51,7 @@ def test_a_submitted_run_that_is_killed_twice_ends_as_an_undisturbed_one(
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert (summary["status"], summary["steps"], summary["recipe"]) == ("completed", 30, "sft")
     assert json.loads((tmp_path / "run" / "supervisor.json").read_text())["retries"] == 1
-    assert any(line.startswith("step 30 of 30, loss ") for line in stage.logs(run)), "the run's page shows no losses"
+    until(lambda: any(line.startswith("step 30 of 30, loss ") for line in stage.logs(run)), 30, "losses on the page")
     assert live_workers(backend_home) == []
     undisturbed = {**parameters, "log_path": str(tmp_path / "undisturbed")}
     run_here(undisturbed, environment)
