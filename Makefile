@@ -53,6 +53,7 @@ test: $(INSTALLED) ## Run all tests
 	$(IN_VENV) -m pytest -n 2 --dist loadfile --durations=15
 
 faults: $(INSTALLED) ## Kill and disturb runs of all recipes in every way, and compare how they end (about an hour)
+	rm -rf runs/faults
 	FAULT_REPORTS=runs/faults $(IN_VENV) -m pytest -v -n 2 --dist loadgroup -m faults tests/faults
 	$(IN_VENV) -m tests.faults.report runs/faults
 

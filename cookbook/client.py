@@ -236,13 +236,14 @@ class ReconnectableClient:
 
         It is after a call that only read the weights (forward, save, list) and was answered. Otherwise it is lost.
         """
-        interrupted, self._interrupted = self._interrupted, None
+        interrupted = self._interrupted
         if interrupted is not None:
             try:
                 interrupted.outcome.result(timeout_s)
                 is_whole = interrupted.reads_only
             except Exception:
                 is_whole = False
+            self._interrupted = None  # known only now: a second interrupt leaves it as it was
             if not is_whole:
                 self._loss(f"{interrupted.operation} was interrupted")
         return not self.is_lost

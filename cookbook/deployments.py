@@ -223,11 +223,17 @@ def release_deployments(
     ledger.check_lease()
     landing = Deadline(landing_s)
     left = [record for record in ledger.all() if record.kind == "deployment" and record.state != "freed"]
+    problems: list[ProvisioningError] = []
     while True:
         for record in tuple(left):
-            if control.delete_deployment(record.resource_id, timeout_s) or record.state == "confirmed":
-                ledger.freed(record)
-                left.remove(record)
+            try:
+                if control.delete_deployment(record.resource_id, timeout_s) or record.state == "confirmed":
+                    ledger.freed(record)
+                    left.remove(record)
+            except ProvisioningError as problem:  # the others are freed all the same
+                problems.append(problem)
+        if problems:
+            raise problems[0]
         if not left or landing.expired:
             return not left
         time.sleep(LANDING_PAUSE_S)

@@ -19,7 +19,7 @@ from typing import Any
 from cookbook.errors import CheckpointError
 
 __all__ = ["append_jsonl", "cut_torn_line", "file_lock", "read_json", "read_jsonl", "try_lock", "write_json"]
-__all__ += ["replace_jsonl"]
+__all__ += ["append_whole", "replace_jsonl"]
 
 _LOCK_POLL_S = 0.02
 
@@ -93,19 +93,29 @@ def append_jsonl(path: Path, row: dict[str, Any]) -> None:
     try:
         cut_torn_line(path)
         is_new = not path.exists()
-        with path.open("ab", buffering=0) as file:
-            size = file.seek(0, os.SEEK_END)
-            try:
-                _write_all(file.fileno(), line)
-                os.fsync(file.fileno())
-            except OSError:
-                with suppress(OSError):
-                    os.ftruncate(file.fileno(), size)
-                raise
+        append_whole(path, line, is_synced=True)
         if is_new:
             _sync_folder(path.parent)
     except OSError as error:
         raise _unwritable(path, error) from error
+
+
+def append_whole(path: Path, content: bytes, *, is_synced: bool = False) -> None:
+    """Append all of it, or nothing: what does not fit leaves the file as it was.
+
+    Raises:
+        OSError: disk full or the like.
+    """
+    with path.open("ab", buffering=0) as file:
+        size = file.seek(0, os.SEEK_END)
+        try:
+            _write_all(file.fileno(), content)
+            if is_synced:
+                os.fsync(file.fileno())
+        except OSError:
+            with suppress(OSError):
+                os.ftruncate(file.fileno(), size)
+            raise
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:

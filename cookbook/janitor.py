@@ -37,6 +37,7 @@ _CALL_TIMEOUT_S = 30.0  # a run that starts waits for us
 _DONE = {"keep": "kept", "cancel": "cancelled", "delete": "deleted"}
 _SESSION_KINDS = ("chat", "serve")
 _LIVE = ("running", "unknown")
+_TAKEN_OVER = "a process has taken the run over meanwhile"
 _ADOPTING = ("policy_job_id", "reference_job_id", "deployment_id")
 
 logger = logging.getLogger(__name__)
@@ -308,8 +309,8 @@ def _swept(report: SweepReport, owner: _Owner, home: Path, control: ControlPlane
     is_left_over = owner.is_session and owner.state == "stopped" and len(wanted) == len(found)
     if not wanted and not is_left_over:
         return report
-    if owner.stored is None:  # its directory is gone: nobody can start it, and there is no ledger to write
-        return _freed(report, wanted, None, control)
+    if owner.stored is None:
+        return _swept_of_gone(report, wanted, owner, home, control)
     try:
         with RunDirectory.open(
             owner.path, recipe=owner.stored.recipe, config=owner.stored.config, home=home, owner=JANITOR
@@ -320,11 +321,33 @@ def _swept(report: SweepReport, owner: _Owner, home: Path, control: ControlPlane
                 (home / "runs" / f"{owner.run_id}.json").unlink(missing_ok=True)
                 report = replace(report, sessions=(*report.sessions, owner.run_id))
     except CookbookError as error:
-        why = "a process has taken the run over meanwhile" if isinstance(error, LeaseLost) else str(error)
-        done = {*report.freed, *(finding for finding, _ in report.left)}
-        left = [(finding, why) for finding in wanted if finding not in done]
-        report = replace(report, left=(*report.left, *left))
+        report = _left(report, wanted, _TAKEN_OVER if isinstance(error, LeaseLost) else str(error))
     return report
+
+
+def _swept_of_gone(
+    report: SweepReport, wanted: Sequence[Finding], owner: _Owner, home: Path, control: ControlPlane
+) -> SweepReport:
+    """Free what was found of a run whose directory is gone. There is nothing to own, and no ledger to write.
+
+    So each is freed only if the directory still is gone: it may have been moved, and its run started there.
+    """
+    for finding in _still_unused(wanted, owner, home, control.backend):
+        try:
+            record = read_run(home / "runs" / f"{owner.run_id}.json")
+        except CookbookError as error:
+            return _left(report, wanted, str(error))
+        if record is None or record.state != "gone":
+            return _left(report, wanted, _TAKEN_OVER)
+        report = _freed(report, [finding], None, control)
+    return report
+
+
+def _left(report: SweepReport, wanted: Sequence[Finding], why: str) -> SweepReport:
+    """A report that says of all that was not done why it was not."""
+    done = {*report.freed, *(finding for finding, _ in report.left)}
+    left = [(finding, why) for finding in wanted if finding not in done]
+    return replace(report, left=(*report.left, *left))
 
 
 def _still_unused(wanted: Sequence[Finding], owner: _Owner, home: Path, backend: str) -> list[Finding]:

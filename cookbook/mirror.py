@@ -26,9 +26,17 @@ from cookbook.errors import CheckpointError, CookbookError
 from cookbook.files import file_lock
 from cookbook.mirror_store import CHUNK_BYTES, MirroredFile, MirrorStore, Pointer
 from cookbook.run import CHECKPOINTS_FILE, RunDirectory
-from cookbook.upkeep_record import UPKEEP_FILE, UpkeepRecord
+from cookbook.upkeep_record import UPKEEP_FILE, UpkeepRecord, read_upkeep
 
-__all__ = ["KNOWN_POINTERS", "MIRROR", "MIRRORED_COMMIT", "Mirror", "is_mirrored"]
+__all__ = [
+    "KNOWN_POINTERS",
+    "MIRROR",
+    "MIRRORED_COMMIT",
+    "CopyCancelled",
+    "Mirror",
+    "is_mirrored",
+    "mirrored_commits",
+]
 
 MIRROR = "mirror"
 """Its part of upkeep.json."""
@@ -45,7 +53,7 @@ _MAX_ATTEMPTS = 3
 logger = logging.getLogger(__name__)
 
 
-class _Cancelled(CookbookError):
+class CopyCancelled(CookbookError):
     """The copy was given up: the run ends."""
 
 
@@ -103,15 +111,13 @@ class Mirror:
             capture: held while it is settled which checkpoint the copy goes on from.
 
         Raises:
+            CopyCancelled: `cancel` was called; whether the copy counts is open.
             LeaseLost: another process owns the run.
             CheckpointError: the mirror belongs to another run or another copy of this one, cannot be reached, or is
                 being written by another process. The whole state that was there is still there.
         """
-        try:
-            with file_lock(self._directory.path / LOCK_FILE, _LOCK_WAIT_S):
-                return self._push(capture)
-        except _Cancelled:
-            return False
+        with file_lock(self._directory.path / LOCK_FILE, _LOCK_WAIT_S):
+            return self._push(capture)
 
     def _push(self, capture: threading.Lock) -> bool:
         with self._directory.guard():
@@ -123,7 +129,7 @@ class Mirror:
             logger.info("%s of the mirror is half-written; the one before it counts", name)
         if newest is not None and (conflict := self._conflict(newest)) is not None:
             raise CheckpointError(conflict)
-        sizes = store.object_sizes() if newest is not None else {}
+        sizes = store.object_sizes()
         entries = newest.files.values() if newest is not None else ()
         there = {entry.sha256 for entry in entries if sizes.get(entry.sha256) == entry.size}
         with capture:
@@ -151,7 +157,7 @@ class Mirror:
         self._record.note(MIRROR, {KNOWN_POINTERS: [pointer.digest], MIRRORED_COMMIT: pointer.commit})
         self.relied_on = frozenset(name for name in (pointer.commit,) if name)
         self._got_on()
-        store.drop_all_but(pointer)
+        store.drop_all_but(pointer, sizes)
         self._uploaded.clear()
         return True
 
@@ -264,12 +270,18 @@ class Mirror:
     def _got_on(self) -> None:
         self.active_at = time.monotonic()
         if self._cancelled.is_set():
-            raise _Cancelled
+            raise CopyCancelled
 
     def _opened(self) -> MirrorStore:
         if self._store is None:
             self._store = MirrorStore(self.url)
         return self._store
+
+
+def mirrored_commits(log_path: Path) -> set[str]:
+    """Checkpoints that the mirror of a run goes on from: if its machine is lost, they are all there is."""
+    commit = read_upkeep(log_path).get(MIRROR, {}).get(MIRRORED_COMMIT)
+    return {commit} if commit else set()
 
 
 def is_mirrored(parts: Sequence[str]) -> bool:

@@ -177,13 +177,21 @@ class MirrorStore:
             while chunk := file.read(CHUNK_BYTES):
                 write(chunk)
 
-    def drop_all_but(self, pointer: Pointer) -> None:
-        """Delete every older pointer, and then every object that this one does not name."""
+    def drop_all_but(self, pointer: Pointer, objects: Iterable[str]) -> None:
+        """Delete every older pointer, and then those of `objects` that this one does not name.
+
+        Nothing goes once a newer pointer is there, be it half-written: another process has taken over meanwhile.
+
+        Args:
+            objects: those that were there before this copy began; what came since may be a newer owner's.
+        """
+        if self.newest() != (pointer, []):
+            return
         older = [name for name in self._pointer_names() if name < pointer.name]
         for name in older:
             self._remove(f"pointers/{name}")
         named = {entry.sha256 for entry in pointer.files.values()}
-        for name in self.object_sizes():
+        for name in objects:
             if name not in named:
                 self._remove(f"objects/{name}")
 

@@ -22,7 +22,8 @@ _USER_IN_URL = frozenset({"abfs", "abfss", "ftp", "hdfs", "sftp", "smb", "ssh", 
 """Protocols whose URLs name a user or a container before the @, which is no secret."""
 _READ_ONLY = frozenset({"data", "github", "git", "http", "https", "libarchive", "tar", "zip"})
 
-_USER_INFO = re.compile(r"//[^/@\s]+@")
+_USER_INFO = re.compile(r"//(?:[^/@\s]+|[^/@\s:]*:(?!\d+[/?#])[^@\s]+)@")
+"""What is before the @; after a colon that no port follows, a secret with a "/" in it."""
 _SECRET_VALUE = re.compile(
     r"([?&]?[\w-]*(?:sig|signature|token|key|secret|credential|password)[\w-]*=)[^&\s\"')]+", re.IGNORECASE
 )
@@ -32,21 +33,29 @@ def refuse_credentials(url: str | None) -> str | None:
     """The URL, if there is nothing secret in it.
 
     Raises:
-        CredentialsError: a password, a key or a query is in it. The message does not repeat it.
+        CredentialsError: a password, a key, a query or a fragment is in it. The message does not repeat it.
     """
     if url is None:
         return None
     parts = urlsplit(url)
     protocol, (user, _, _) = parts.scheme.lower(), parts.netloc.rpartition("@")
+    is_path = protocol in ("", *_LOCAL)  # where @ and # are parts of names
     is_secret = ":" in user or (user != "" and protocol not in _USER_IN_URL)
-    if is_secret or parts.query:
-        found = "credentials" if is_secret else "a query, which may hold credentials,"
+    is_secret |= not is_path and "@" in url and _lacks_port(parts.netloc)
+    if is_secret or parts.query or (parts.fragment and not is_path):
+        found = "credentials" if is_secret else "a query or a fragment, which may hold credentials,"
         raise CredentialsError(
             f"storage.mirror_url ({protocol or 'file'}://...) has {found} in it, and would be stored with the run. "
             "Leave them out: they are taken from the environment (AWS_ACCESS_KEY_ID, GOOGLE_APPLICATION_CREDENTIALS, "
             "..., or FSSPEC_* variables)."
         )
     return url
+
+
+def _lacks_port(netloc: str) -> bool:
+    """Whether a colon is followed by no port: it may be the beginning of a secret, which a "/" in it has cut off."""
+    _, colon, port = netloc.rpartition("@")[2].rpartition("]")[2].partition(":")
+    return colon != "" and not port.isdecimal()
 
 
 def url_problem(url: str, log_path: Path) -> tuple[str, str] | None:

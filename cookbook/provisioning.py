@@ -225,16 +225,22 @@ def release_trainers(
     ledger.check_lease()
     landing = Deadline(landing_s)
     left = [record for record in ledger.all() if record.kind == "trainer" and record.state != "freed"]
+    problems: list[ProvisioningError] = []
     while True:
         for record in tuple(left):
-            if record.state == "intended" and control.job(record.resource_id, timeout_s) is None:
-                continue
-            left.remove(record)
-            if delete:
-                control.delete(record.resource_id, timeout_s)
-                ledger.freed(record)
-            else:
-                control.cancel(record.resource_id, timeout_s)
+            try:
+                if record.state == "intended" and control.job(record.resource_id, timeout_s) is None:
+                    continue
+                left.remove(record)
+                if delete:
+                    control.delete(record.resource_id, timeout_s)
+                    ledger.freed(record)
+                else:
+                    control.cancel(record.resource_id, timeout_s)
+            except ProvisioningError as problem:  # the others are freed all the same
+                problems.append(problem)
+        if problems:
+            raise problems[0]
         if not left or landing.expired:
             return
         time.sleep(LANDING_PAUSE_S)

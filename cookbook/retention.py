@@ -78,6 +78,8 @@ class LiveSaves:
     """The trainer job that saves."""
     is_sync: Callable[[str], bool]
     """Whether a sampler snapshot belongs to the weight syncs under way, which see to it themselves."""
+    unusable: Collection[str] = ()
+    """Rows that a restore has passed over: they stay, and do not count as kept."""
 
     def may_be_needed(self, ref: SnapshotRef, step: int) -> bool:
         """Whether a snapshot that no row names may be part of a commit or of a weight sync under way.
@@ -177,8 +179,8 @@ def plan_prune(
 ) -> PrunePlan:
     """Decide what a prune would delete. Nothing is touched.
 
-    Always kept: the newest commit, the newest one that the backend still has, the newest promotable row, what another
-    run's record names or begins from, and rows whose snapshots cannot be told (they were written by other code), with
+    Always kept: the newest commit, the newest one that the backend still has whole, the newest promotable row, what
+    another run's record names or begins from, and rows whose snapshots cannot be told (other code wrote them), with
     every snapshot that they may mean. In a trainer that another run has adopted, only what the rows named goes.
 
     Args:
@@ -199,7 +201,7 @@ def plan_prune(
         _check_whole(next((row for row in rows if row.name == live.newest), None), live.newest, listed)
     run = StoredRun.read(log_path)
     others, unplaced = _named_by_others(home, run)
-    kept = _kept(rows, policy, listed, others, keep)
+    kept = _kept(rows, policy, listed, others, keep, live.unusable if live is not None else ())
     dropped = tuple(row for row in rows if row.name not in kept)
     named = {ref for row in rows if row.name in kept for ref in snapshots_of(row)}
     begun = _begun(log_path)
@@ -273,14 +275,16 @@ def _kept(
     listed: Mapping[SnapshotRef, Snapshot],
     others: Mapping[SnapshotRef, str],
     keep: Collection[str],
+    unusable: Collection[str],
 ) -> dict[str, str]:
     """Name -> why, in the order of the rows; the strongest reason wins."""
+    newest = {row.name for row in [row for row in rows if row.name not in unusable][-policy.keep_last :]}
     resumable = [row for row in rows if row.state_path]
-    there = [row for row in resumable if any(ref in listed and ref.kind == "state" for ref in snapshots_of(row))]
+    whole = {ref for ref, snapshot in listed.items() if ref.kind == CheckpointKind.STATE and snapshot.is_whole}
+    there = [row for row in resumable if not whole.isdisjoint(snapshots_of(row))]
     promotable = [row for row in rows if row.sampler_path]
-    newest = len(rows) - policy.keep_last
     reasons: dict[str, str] = {}
-    for number, row in enumerate(rows):
+    for row in rows:
         refs = snapshots_of(row)
         if row in resumable[-1:]:
             reasons[row.name] = "the last commit"
@@ -292,7 +296,9 @@ def _kept(
             reasons[row.name] = "the last promotable one"
         elif row in there[-1:]:
             reasons[row.name] = "the last commit that the backend has"
-        elif number >= newest:
+        elif row.name in unusable:
+            reasons[row.name] = "it could not be loaded"
+        elif row.name in newest:
             reasons[row.name] = f"one of the last {policy.keep_last}"
         elif policy.keep_every is not None and row.step % policy.keep_every == 0:
             reasons[row.name] = f"step {row.step:,} is a multiple of {policy.keep_every:,}"

@@ -28,6 +28,7 @@ __all__ = [
     "CHECKPOINTS_FILE",
     "EVALUATION_FILE",
     "JANITOR",
+    "LOCK_FILE",
     "RESOURCES_FILE",
     "RUN_FILE",
     "SUMMARY_FILE",
@@ -216,6 +217,21 @@ class RunDirectory:
             os.close(lock)
             raise
 
+    def renewed(self) -> Self:
+        """Own the run for its next start in this process, with the next epoch; this object writes nothing any more.
+
+        Raises:
+            LeaseLost: another process owns the run.
+            CheckpointError: the directory cannot be written; this object is as it was.
+        """
+        with self.guard():
+            record = self._record()
+            record["lease"] = {**record["lease"], "epoch": self.epoch + 1}
+            write_json(self.path / RUN_FILE, record)
+            lock, self._lock = self._lock, None
+        assert lock is not None, "the guard has seen it"
+        return type(self)(self.path, lock, record)
+
     def close(self) -> None:
         """Give up the run. Nothing can be written after that."""
         if self._lock is not None:
@@ -353,6 +369,9 @@ def is_owned(path: Path) -> bool:
 
 def owner_of(path: Path) -> dict[str, Any] | None:
     """Who owns the run in a directory: pid, host, started, and owner ("run" or JANITOR). None = no live process does.
+
+    {} = one does, and has not said who it is. For the moment in which a new owner has the lock and has not written
+    itself into it, this may be who had it before.
 
     Raises:
         CheckpointError: its lock cannot be opened.

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextvars
 import logging
+import random
 import threading
 import time
 from collections.abc import Callable
@@ -58,11 +59,14 @@ class Saver:
                 self._append(checkpoint, checkpoint.confirm())
             except BaseException as error:
                 outcome.set_exception(error)
-                return
-            outcome.set_result(None)
+                is_commit = False
+            else:
+                outcome.set_result(None)
+                is_commit = True
             if before is not None:
                 before.join()
-            after_commit()
+            if is_commit:
+                after_commit()
 
         self._commit = outcome
         context = contextvars.copy_context()
@@ -114,11 +118,14 @@ class Saver:
             self._thread.join(deadline.remaining())
 
     def _append(self, checkpoint: PendingCheckpoint, paths: dict[str, str]) -> None:
-        for pause in self._retry.delays():
+        started = time.monotonic()
+        for delay in self._retry.delays():
             try:
                 return checkpoint.append(paths)
             except Exception as error:
-                if not is_retried(error):
+                pause = delay * (1 + random.uniform(0, self._retry.jitter))
+                late = 0 < self._retry.deadline_s < time.monotonic() - started + pause
+                if late or not is_retried(error):
                     raise
                 logger.warning("checkpoint %s is saved, but %s; trying again in %.1f s", checkpoint.name, error, pause)
                 time.sleep(pause)

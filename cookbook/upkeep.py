@@ -13,13 +13,13 @@ import logging
 import re
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING
 
 from cookbook.checkpoints import CheckpointKind, read_checkpoints
 from cookbook.deadlines import Deadline, call_with_deadline
 from cookbook.errors import CheckpointError, LeaseLost
-from cookbook.mirror import MIRROR, MIRRORED_COMMIT, Mirror
+from cookbook.mirror import MIRROR, CopyCancelled, Mirror, mirrored_commits
 from cookbook.mirror_url import without_credentials
 from cookbook.retention import LiveSaves, RetentionPolicy, delete_snapshot, plan_prune, prune
 from cookbook.rollouts.store import ROLLOUTS_FOLDER, RolloutStore
@@ -64,6 +64,8 @@ class Upkeep:
         self._mirror = None if storage.mirror_url is None else Mirror(storage.mirror_url, directory, self._record)
         self._copying = Background("cookbook-mirror", self._push)
         self._syncs: tuple[ControlPlane, WeightSync] | None = None
+        self.unusable: Collection[str] = ()
+        """Checkpoints that this start could not load."""
         self._dropping = Background("cookbook-syncs", self._drop_syncs)
 
     def after_commit(self, control: ControlPlane, name: str, trainer_id: str, sync: WeightSync | None) -> None:
@@ -103,6 +105,11 @@ class Upkeep:
         self._try(MIRROR, lambda: found.append(call_with_deadline(mirror.conflict, CHECK_TIMEOUT_S)), is_news=False)
         return found[0] if found else None
 
+    def give_up(self) -> None:
+        """Leave off copying: the next start of the run does it."""
+        if self._mirror is not None:
+            self._mirror.cancel()
+
     def finish(self, timeout_s: float) -> None:
         """Wait for what is under way, and mirror the run directory as it is at its end. Nothing is done after that.
 
@@ -130,7 +137,7 @@ class Upkeep:
         deadline = Deadline(RETENTION_TIMEOUT_S)
         assert self._storage.keep_last is not None, "nothing is deleted without it"
         policy = RetentionPolicy(self._storage.keep_last, self._storage.keep_every)
-        live = LiveSaves(name, trainer_id, is_sync=sync.owns if sync is not None else lambda _: False)
+        live = LiveSaves(name, trainer_id, is_sync=sync.owns if sync else lambda _: False, unusable=self.unusable)
         with self._deciding:
             keep = self._relied_on() | ({sync.version} if sync is not None else set())
             path = self._directory.path
@@ -140,11 +147,10 @@ class Upkeep:
             logger.info("deleted %s, %.3f GB", ", ".join(result.rows), result.freed_bytes / 1e9)
 
     def _relied_on(self) -> set[str]:
-        """Checkpoints that the mirror goes on from: if this machine is lost, they are all there is."""
+        """Checkpoints that the mirror, or the copy under way, goes on from."""
         if self._mirror is None:
             return set()
-        mirrored = self._record.facts(MIRROR).get(MIRRORED_COMMIT)
-        return set(self._mirror.relied_on) | ({mirrored} if mirrored else set())
+        return mirrored_commits(self._directory.path) | self._mirror.relied_on
 
     def _prune_rollouts(self) -> None:
         """What was sampled before the oldest commit: no restore trains it again."""
@@ -191,6 +197,8 @@ class Upkeep:
                 self._record.succeeded(part)
         except LeaseLost as error:  # the main thread notices by itself, and stops
             logger.debug("%s stops: %s", part, error)
+        except CopyCancelled:  # who cancels it says why: that stands
+            logger.debug("%s was given up", part)
         except TimeoutError as error:
             self._fail(part, f"{error}" or "it did not answer in time")
         except Exception as error:  # the file system of a mirror may raise anything

@@ -56,6 +56,7 @@ def restore(run: Run, total_steps: int) -> Progress:
     run.resumed = resolve_resume(run.client, str(run.directory.path), config.init_from_checkpoint)
     for name, why in (run.resumed.skipped if run.resumed is not None else {}).items():
         run.say(f"checkpoint {name} cannot be loaded and is passed over: {why}")
+    run.upkeep.unusable = set(run.resumed.skipped) if run.resumed is not None else ()
     if run.resumed is not None and run.resumed.loop_state:
         progress = Progress.from_loop_state(run.resumed.loop_state)
         run.say(f"resumed from checkpoint {run.resumed.name}: step {progress.step:,} of {progress.total_steps:,}")

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Callable
 from typing import TypeVar
 
 from cookbook.checkpoints import CheckpointRow, last_commit
@@ -42,36 +40,33 @@ def restoring(
         ConfigError: the run was started with another config, and has a commit.
         TrainerLost, DeploymentLost, WeightSyncError: lost once too often.
     """
+    env = environment()
     with interruptible():
-        restores, commit = 0, last_commit(Path(config.log_path).expanduser())
+        directory = _owned(config, env)
+        commit, restores = last_commit(directory.path), 0
         while True:
-            with _opened(config, kind) as run:
+            with directory, freed_at_end(kind(config, directory, env)) as run:
                 try:
                     summary = run.finished()
                     return summary if summary is not None else algorithm(run, config)
                 except Exception as error:
-                    reached = last_commit(run.directory.path)
+                    reached = last_commit(directory.path)
                     restores = restores + 1 if reached == commit else 1
                     commit = reached
                     if not is_restored(error) or restores > config.retry.restores:
                         raise
-                    run.directory.check_lease()  # it may be lost because another process has taken the run over
+                    directory.check_lease()  # it may be lost because another process has taken the run over
                     _announce(error, commit, restores, config)
                     run.give_up()
-                time.sleep(config.retry.delay(restores))  # owning it still: nobody is to take the run for a dead one
+                time.sleep(config.retry.delay(restores))
+                directory = directory.renewed()  # owned throughout: nobody is to take the run for a dead one
 
 
-@contextmanager
-def _opened(config: C, kind: Callable[[C, RunDirectory, Environment], R]) -> Iterator[R]:
-    """One start of the run, which owns its directory. What it has is freed unless it ends well, or is to go on."""
-    env = environment()
+def _owned(config: RecipeConfig, env: Environment) -> RunDirectory:
     contents = config.model_dump(mode="json")
-    with RunDirectory.open(
+    return RunDirectory.open(
         config.log_path, recipe=config.recipe, config=contents, home=env.home, started_by=page_id()
-    ) as directory:
-        run = kind(config, directory, env)
-        with freed_at_end(run):
-            yield run
+    )
 
 
 def _announce(error: BaseException, commit: CheckpointRow | None, restores: int, config: RecipeConfig) -> None:

@@ -246,6 +246,7 @@ class Run:
         by its id. Never raises."""
         with suppress(Exception):
             self._close()
+        self.upkeep.give_up()
         self.tracker.finish(GoesOn())
 
     def disconnect(self) -> None:

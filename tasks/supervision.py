@@ -63,6 +63,8 @@ class Suspect:
     done: str
     """"to be retried", "retried", "to be ended", "ended" (Prefect is told that it crashed, or is cancelled), "left"."""
     why: str
+    run_count: int = 0
+    """How often it had begun to run when it was retried."""
 
     @property
     def is_due(self) -> bool:
@@ -178,6 +180,7 @@ def _settled(client: SyncPrefectClient, suspect: Suspect, config: JanitorConfig)
         retries = count_retry(Path(suspect.log_path), suspect.flow_run_id, directory.commit)
     except CheckpointError as error:
         return replace(suspect, done="left", why=str(error))
+    suspect = replace(suspect, run_count=run.run_count)
     return _set_to_retry(client, suspect, f"{suspect.why} ({retries} of {config.max_retries})")
 
 
@@ -192,12 +195,18 @@ def _set_to_retry(client: SyncPrefectClient, suspect: Suspect, why: str) -> Susp
 
 
 def _confirmed(client: SyncPrefectClient, suspect: Suspect) -> Suspect:
-    """A retry that a late report of the same crash has undone is issued once more; further ones are for next time."""
+    """A retry that a late report of the same crash has undone is issued once more; further ones are for next time.
+
+    Prefect counts a flow run whenever it begins to run: one that has begun since has crashed again. That retry is used
+    up, and the next is counted, next time.
+    """
     if suspect.done != "retried":
         return suspect
     run = client.read_flow_run(UUID(suspect.flow_run_id))
     if run.state is None or not run.state.is_crashed():
         return suspect
+    if run.run_count > suspect.run_count:
+        return replace(suspect, why=f"{suspect.why}; it has crashed again since")
     return _set_to_retry(client, suspect, f"{suspect.why}; a late report of the crash had undone it")
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from typing import TypeVar
 
 from prefect.exceptions import Abort
 
@@ -22,6 +23,8 @@ from tasks.page import page_id, page_log
 from tasks.run import Run
 
 __all__ = ["freed_at_end", "interruptible"]
+
+R = TypeVar("R", bound=Run)
 
 logger = logging.getLogger(__name__)
 
@@ -45,15 +48,18 @@ def interruptible() -> Iterator[None]:
 
 
 @contextmanager
-def freed_at_end(run: Run) -> Iterator[None]:
-    """Save what can be saved if the run is told to stop, and free all it has when it does not end well."""
+def freed_at_end(run: R) -> Iterator[R]:
+    """One start of a run: save what can be saved if it is told to stop, and free all it has when it does not end well,
+    or go on."""
     try:
-        yield
+        yield run
     except BaseException as error:
-        if is_interrupt(error) and run.config.save_on_sigterm:
-            _save(run)
-        with undisturbed():
-            run.fail(error)
+        try:
+            if is_interrupt(error) and run.config.save_on_sigterm:
+                _save(run)
+        finally:
+            with undisturbed():
+                run.fail(error)
         raise
     finally:
         run.disconnect()
@@ -64,7 +70,7 @@ def _save(run: Run) -> None:
     grace = Deadline(run.config.sigterm_grace_s)
     told = "told to stop"
     try:
-        if run.progress is not None:
+        if run.progress is not None and run.progress.step > 0:
             _say(run, f"{told}: saving, within {grace.seconds:g} s; a second signal stops at once")
         problem = _commit(run, grace)
     except BaseException as error:
@@ -79,7 +85,7 @@ def _commit(run: Run, grace: Deadline) -> str | None:
     """Save the weights as they are; why not, where they cannot be."""
     if not run.records.unbroken.settle(grace.remaining()):
         return f"the step under way did not end within {grace.seconds:g} s"
-    if run.progress is None:
+    if run.progress is None or run.progress.step == 0:
         return "training had not begun"
     if not run.client.settle(grace.remaining()):
         return "the trainer was busy with something else"

@@ -133,6 +133,14 @@ def test_a_dry_run_shows_what_a_prune_then_deletes_after_a_question(run):
     assert run.there() == ["sampler/step-2-0a1b2c3d", "state/step-2", "state/step-3"]
 
 
+def test_what_the_mirror_goes_on_from_is_not_pruned(run):
+    (run.path / "upkeep.json").write_text(json.dumps({"mirror": {"commit": "step-1"}}))
+    planned = json.loads(checkpoints("prune", run.path, "--keep-last", "1", "--dry-run", "--json")[1])
+    assert (planned["checkpoints"], planned["kept"]["step-1"]) == ([], "in use")
+    assert checkpoints("prune", run.path, "--keep-last", "1", "--yes")[0] == 0
+    assert (run.rows(), "state/step-1" in run.there()) == (["step-1", "step-2", "step-3"], True)
+
+
 def test_a_prune_in_json_is_one_object(run):
     status, out, err = checkpoints("prune", run.path, "--keep-last", "1", "--yes", "--json")
     assert (status, err) == (0, "")

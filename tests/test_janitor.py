@@ -328,6 +328,38 @@ def test_what_a_run_begins_to_own_or_use_after_it_was_looked_at_is_kept(home, co
         assert None not in (control.deployment(own), control.deployment(adopted))
 
 
+def test_a_run_whose_directory_was_moved_and_that_is_started_there_is_kept(home, control, watched):
+    with home.run("run") as run:
+        names = [home.deployment(run, role) for role in ("sampler", "other")]
+    (home.path / "run").rename(home.path / "away")
+    starts = ExitStack()
+
+    def start():
+        (home.path / "away").rename(home.path / "moved")
+        starts.enter_context(home.run("moved"))
+
+    watched.deleting = start
+    with starts:
+        report = sweep(home.path, watched, grace_s=0)
+        freed, left = report.freed, report.left
+        assert [finding.resource_id for finding in freed] == names[:1], "the one that was being freed already"
+        assert [(finding.resource_id, why) for finding, why in left] == [
+            (names[1], "a process has taken the run over meanwhile")
+        ]
+        assert control.deployment(names[1]) is not None
+
+
+def test_what_another_run_adopts_of_one_that_is_gone_is_kept(home, control, watched):
+    with home.run("run") as run:
+        adopted = home.deployment(run)
+    (home.path / "run").rename(home.path / "away")
+    starts = ExitStack()
+    watched.listed = lambda: starts.enter_context(home.run("other", deployment={"deployment_id": adopted}))
+    with starts:
+        assert sweep(home.path, watched, grace_s=0).freed == ()
+        assert control.deployment(adopted) is not None
+
+
 def test_a_run_that_starts_while_it_is_being_freed_waits_for_that(home, control, watched):
     with home.run("run") as run:
         deployment = home.deployment(run)

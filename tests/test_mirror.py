@@ -1,6 +1,7 @@
 """The mirror of a run directory, on real file systems: whole at every moment, nothing sent twice, fenced, and checked
 when it is brought back."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -17,7 +18,7 @@ from cookbook.cli import app
 from cookbook.config import SFTConfig, StorageConfig, environment
 from cookbook.errors import CheckpointError, ConfigError, CredentialsError, DataError, LeaseLost
 from cookbook.files import append_jsonl
-from cookbook.mirror import Mirror
+from cookbook.mirror import CopyCancelled, Mirror
 from cookbook.mirror_pull import pull
 from cookbook.mirror_store import MirroredFile, MirrorStore, Pointer
 from cookbook.mirror_url import url_problem, without_credentials
@@ -338,6 +339,61 @@ def test_a_pointer_that_comes_too_late_never_beats_the_newer_owners(run):
     assert store.newest()[0].step == 3
 
 
+def test_a_process_that_was_overtaken_deletes_nothing_of_the_newer_owner(run, tmp_path, monkeypatch):
+    """Its network stalls in the middle of a copy; the run is brought back elsewhere, and goes on there to its end."""
+    run.push()
+    run.commit(2)
+    really, back = MirrorStore.write_pointer, None
+
+    def write(store, pointer):
+        nonlocal back
+        monkeypatch.setattr(MirrorStore, "write_pointer", really)
+        pull(run.url, tmp_path / "back", home=tmp_path / "other-home")
+        back = MirroredRun(tmp_path / "back", tmp_path / "other-home", run.url)
+        back.commit(3)
+        back.push()
+        really(store, pointer)
+
+    monkeypatch.setattr(MirrorStore, "write_pointer", write)
+    run.push()
+    assert pull(run.url, tmp_path / "again", home=tmp_path / "third-home").step == 3
+    assert back.files(tmp_path / "again") == back.files()
+    back.commit(4)
+    back.push()
+    assert (len(pointers(tmp_path)), len(objects(tmp_path))) == (1, len(back.files()))
+    back.directory.close()
+
+
+def test_only_objects_that_were_there_before_the_copy_are_deleted(run, tmp_path, monkeypatch):
+    """Those that came meanwhile may be a newer owner's, whose pointer is still to come."""
+    run.push()
+    run.commit(2)
+    content, really = b"of a newer owner", MirrorStore.write_pointer
+    entry = MirroredFile(hashlib.sha256(content).hexdigest(), len(content))
+
+    def write(store, pointer):
+        store.write_object(entry, [content])
+        really(store, pointer)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MirrorStore, "write_pointer", write)
+        run.push()
+    assert entry.sha256 in objects(tmp_path)
+    run.commit(3)
+    run.push()
+    assert entry.sha256 not in objects(tmp_path)
+
+
+def test_nothing_is_deleted_while_a_newer_owner_writes_its_pointer(run, tmp_path):
+    run.push()
+    before = objects(tmp_path).keys()
+    newest, _ = MirrorStore(run.url).newest()
+    (tmp_path / "mirror" / "pointers" / f"{newest.epoch + 1:08d}-{newest.sequence + 1:08d}.json").write_text("{")
+    run.commit(2)
+    run.push()
+    assert (len(pointers(tmp_path)), before <= objects(tmp_path).keys()) == (3, True)
+
+
 def test_of_two_copies_of_a_run_only_the_one_that_went_on_is_mirrored(run, make_run, tmp_path):
     """The run was brought back elsewhere and went on; then the old machine comes back, and is started more often."""
     run.push()
@@ -367,7 +423,8 @@ def test_where_what_was_written_is_forgotten_the_same_directory_goes_on(run):
 
 def test_a_copy_that_was_cancelled_writes_no_pointer(run, tmp_path):
     run.mirror.cancel()
-    assert not run.push()
+    with pytest.raises(CopyCancelled):
+        run.push()
     assert list(tmp_path.glob("mirror/pointers/*")) == []
 
 
@@ -420,6 +477,11 @@ def test_a_pointer_that_leads_out_of_the_folder_is_none(run, path):
         "ftp://me:s3cret@host/runs",
         "abfs://box:s3cret@account/runs",
         "s3://bucket/runs?X-Amz-Signature=s3cret",
+        "s3://AKIA123:abc/s3cret@bucket/runs",
+        "s3://AKIA123:/s3cret@bucket/runs",
+        "sftp://me:abc/s3cret@host/runs",
+        "s3://AKIA123:abc#s3cret@bucket/runs",
+        "s3://bucket/runs#s3cret",
     ],
 )
 def test_a_url_with_credentials_is_refused_and_never_repeated(url):
@@ -428,7 +490,13 @@ def test_a_url_with_credentials_is_refused_and_never_repeated(url):
     assert not any(secret in str(refused.value) for secret in ("s3cret", "AKIA123"))
 
 
-@pytest.mark.parametrize("url", ["s3://bucket/a", "sftp://me@host/a", "abfss://box@account.dfs.core.windows.net/a"])
+@pytest.mark.parametrize(
+    "url",
+    [
+        *("s3://bucket/a", "s3://bucket/a@b", "sftp://me@host/a", "sftp://me@host:22/a@b", "sftp://[::1]/a@b"),
+        *("abfss://box@account.dfs.core.windows.net/a", "hdfs://host:8020/a@b", "/data/a:b@c/#1", "file:///a#b"),
+    ],
+)
 def test_a_url_without_credentials_is_taken(url):
     assert StorageConfig(mirror_url=url).mirror_url == url
 
@@ -438,6 +506,20 @@ def test_words_of_a_file_system_lose_what_may_be_secret():
     assert without_credentials(text) == (
         "PUT https://[hidden]@host/a?X-Amz-Security-Token=[hidden]&x=1 failed, aws_secret_access_key=[hidden]"
     )
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("s3://AKIA:abc/def@bucket/x failed", "s3://[hidden]@bucket/x failed"),
+        ("s3://AKIA:12/d/ef@bucket/x failed", "s3://AKIA:12/d/ef@bucket/x failed"),  # a port, as far as can be told
+        ("s3://AKIA:/def@bucket", "s3://[hidden]@bucket"),
+        ("http://host:80/a@b of http://k:v@host", "http://host:80/a@b of http://[hidden]@host"),
+        ("s3://bucket/x: no key, ask me@host", "s3://bucket/x: no key, ask me@host"),
+    ],
+)
+def test_a_secret_with_a_slash_is_hidden_and_a_port_is_none(text, shown):
+    assert without_credentials(text) == shown
 
 
 @pytest.mark.parametrize(

@@ -126,6 +126,26 @@ def test_what_is_deleted_or_no_longer_asked_for_is_followed_by_the_next_generati
     assert [record.state for record in ledger.all()] == ["freed"] * 3
 
 
+def test_one_trainer_that_cannot_be_freed_does_not_keep_the_others(control, ledger, monkeypatch):
+    trainers = [
+        provision_trainer(control, ledger, config_of(), role=role, deadline=Deadline(60)).job_id
+        for role in ("policy", "reference")
+    ]
+    cancel = control.cancel
+
+    def refuse_the_first(job_id, timeout_s):
+        if job_id == trainers[0]:
+            raise ProvisioningError("it does not answer.")
+        cancel(job_id, timeout_s)
+
+    monkeypatch.setattr(control, "cancel", refuse_the_first)
+    with pytest.raises(ProvisioningError, match="does not answer"):
+        release_trainers(control, ledger, delete=False)
+    assert [control.job(job_id)["state"] for job_id in trainers] == ["JOB_STATE_RUNNING", "JOB_STATE_CANCELLED"]
+    monkeypatch.undo()
+    release_trainers(control, ledger, delete=True)
+
+
 def test_a_context_longer_than_the_shapes_is_a_config_error(control, ledger):
     assert control.shape(SHAPE).max_supported_context_length == 4096
     with pytest.raises(ConfigError, match=r"max_seq_len: is 5000, but training shape .* at most 4096 tokens"):

@@ -106,6 +106,12 @@ def test_the_newest_commit_that_the_backend_has_stays_when_the_last_one_is_lost(
     assert run.plan(control, 1).kept == {"step-5": "the last commit that the backend has", "step-6": "the last commit"}
 
 
+def test_the_newest_whole_commit_stays_when_the_last_one_is_damaged(run, control):
+    os.truncate(snapshot_dir(run.home / "checkpoints", run.job, "state", "step-6") / "weights", 10)
+    assert run.prune(control, 1).rows == ("step-1", "step-2", "step-3", "step-4")
+    assert run.there() == states(5, 6)
+
+
 def test_snapshots_of_weight_syncs_go_and_those_of_kept_rows_do_not(make_run, control):
     run = make_run()
     run.commit(1, "both")

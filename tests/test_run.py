@@ -116,6 +116,29 @@ def test_a_closed_run_writes_nothing(tmp_path):
         run.pin_data("f")
 
 
+def test_a_renewed_run_has_the_next_epoch_and_the_one_before_writes_nothing(tmp_path, monkeypatch):
+    run = open_run(tmp_path)
+    later = run.renewed()
+    assert (later.run_id, later.epoch) == (run.run_id, 2)
+    later.pin_data("f")
+    with pytest.raises(LeaseLost, match="closed"):
+        run.pin_data("f")
+    run.close()  # the lock is the later one's
+    with pytest.raises(LeaseLost, match="owned by process"):
+        open_run(tmp_path)
+
+    monkeypatch.setattr("cookbook.run.write_json", full_disk)
+    with pytest.raises(CheckpointError, match="full"):
+        later.renewed()
+    monkeypatch.undo()
+    later.pin_data("f")
+    later.close()
+
+
+def full_disk(path, value):
+    raise CheckpointError(f"{path} cannot be written: the disk is full.")
+
+
 def test_before_the_first_commit_config_and_data_may_change(tmp_path):
     with open_run(tmp_path, lora_rank=4) as run:
         run.pin_data("one")

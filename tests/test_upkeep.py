@@ -127,6 +127,16 @@ def test_the_previous_checkpoint_goes_only_when_the_new_one_is_whole(make_run, c
     assert "retention works again" in caplog.text
 
 
+def test_what_could_not_be_loaded_takes_no_place_from_what_can(make_run, control):
+    run = make_run(storage={"keep_last": 2})
+    for step in (1, 2, 3):
+        run.commit(step)
+    run.upkeep.unusable = {"step-3"}  # damaged; the run went on from step 2
+    run.upkept(control, 4)
+    assert run.rows() == ["step-2", "step-3", "step-4"]
+    assert run.there() == states(2, 3, 4)
+
+
 class Syncs:
     """The weight syncs of this start, as far as retention asks."""
 
@@ -242,6 +252,7 @@ def test_a_mirror_that_does_not_answer_is_given_up_at_the_end(make_run, tmp_path
     answer.set()
     assert run.upkeep._copying.wait(10)
     assert list(tmp_path.glob("mirror/pointers/*")) == []  # it came too late
+    assert "given up after 0 s" in run.problem(MIRROR)
 
 
 def test_weight_sync_snapshots_go_in_the_background_and_those_in_use_later(make_run, control):

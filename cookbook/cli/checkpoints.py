@@ -102,7 +102,8 @@ def prune(
     home: HomeOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Delete old checkpoints of a stopped run. The last one, and those that other runs need, always stay."""
+    """Delete old checkpoints of a stopped run. The last one, and those that other runs or the mirror need, stay."""
+    from cookbook.mirror import mirrored_commits
     from cookbook.retention import RetentionPolicy, check_prunable, own_run, plan_prune
     from cookbook.retention import prune as prune_run
     from cookbook.snapshots import StoredRun
@@ -112,11 +113,11 @@ def prune(
     check_prunable(run, folder)
     with _connect(run, folder) as control:
         if dry_run:
-            plan = plan_prune(control, run.path, policy, home=folder)
+            plan = plan_prune(control, run.path, policy, home=folder, keep=mirrored_commits(run.path))
             _show_plan(plan, as_json)
             return
         with own_run(run, folder) as directory:
-            plan = plan_prune(control, run.path, policy, home=folder)
+            plan = plan_prune(control, run.path, policy, home=folder, keep=mirrored_commits(run.path))
             if not as_json:
                 _show_plan(plan, as_json)
             if not (yes or plan.is_empty):

@@ -16,7 +16,7 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 from cookbook.errors import CheckpointError
-from cookbook.files import cut_torn_line
+from cookbook.files import append_whole, cut_torn_line
 from cookbook.tracking.sink import Metrics, Sink, Start
 
 __all__ = ["MetricsFile"]
@@ -60,8 +60,8 @@ class MetricsFile(Sink):
         values = {name: _finite(value) for name, value in metrics.items() if value is not None}
         line = json.dumps({"step": step, "time": round(time.time(), 3), **values}) + "\n"
         try:
-            with self._guard(), self.path.open("ab", buffering=0) as file:
-                file.write(line.encode())
+            with self._guard():
+                append_whole(self.path, line.encode())
         except OSError as error:
             raise self._unwritable(error) from error
 

@@ -55,7 +55,8 @@ class Outcome:
     metrics: Metrics
     """Step -> numbers, times left out."""
     trained: Mapping[int, frozenset[str]]
-    """Step -> digests of what was sent to be trained, over all starts: one, or the run changed its mind."""
+    """Step -> digests of what was sent to be trained, over all starts: one, or the run changed its mind. RL: and of its
+    groups as they were recorded."""
 
 
 def run_id_of(config: Mapping[str, Any]) -> str:
@@ -186,8 +187,13 @@ def _incomplete_commits(path: Path, home: Path) -> list[str]:
 
 def _trained(config: Mapping[str, Any]) -> dict[int, frozenset[str]]:
     found: dict[int, frozenset[str]] = {}
-    for event in _events(config, "trained"):
-        found[event["step"]] = found.get(event["step"], frozenset()) | {event["digest"]}
+    recorded: dict[int, str] = {}
+    for event in _events(config, "recorded", "trained"):
+        step, digest = event["step"], event["digest"]
+        if event["event"] == "recorded":
+            recorded[step] = digest
+        else:
+            found[step] = found.get(step, frozenset()) | {digest + recorded.get(step, "")}
     return found
 
 
@@ -202,7 +208,8 @@ def _leads_elsewhere(position: tuple[int, ...], undisturbed: Outcome) -> bool:
 
 
 def _row_account(config: Mapping[str, Any], *, has_ended: bool) -> list[str]:
-    """What is wrong with the rows: trained otherwise than recorded, ended twice, or (at the end) never."""
+    """What is wrong with the rows: recorded anew after they were trained, trained otherwise than recorded, ended twice,
+    or (at the end) never."""
     wrong = []
     recorded: dict[int, Mapping[str, Any]] = {}
     trained: dict[int, str] = {}
@@ -210,7 +217,8 @@ def _row_account(config: Mapping[str, Any], *, has_ended: bool) -> list[str]:
         step = event["step"]
         if event["event"] == "recorded":
             recorded[step] = event
-            trained.pop(step, None)
+            if step in trained:
+                wrong.append(f"step {step} was recorded and trained, and recorded anew")
         elif trained.setdefault(step, event["digest"]) != event["digest"]:
             wrong.append(f"step {step} was recorded once, and trained as {trained[step]} and as {event['digest']}")
     total = len(Path(config["dataset"]).read_text().splitlines()) * int(config.get("epochs", 1))

@@ -151,7 +151,8 @@ def _note_training(journal: _Journal) -> None:
 
     def noted_write_step(self: Any, step: int, collected: Any) -> Any:
         rows = [[row.row for row in rows] for rows in (collected.groups, collected.rejected)]
-        journal.write("recorded", step=step + 1, trained=rows[0], rejected=rows[1])
+        digest = _digest_of_groups(collected.groups)
+        journal.write("recorded", step=step + 1, trained=rows[0], rejected=rows[1], digest=digest)
         return write_step(self, step, collected)
 
     ReconnectableClient.train_step = noted_train_step  # type: ignore[method-assign]
@@ -168,6 +169,12 @@ def _digest(datums: Sequence[Any]) -> str:
         for name, values in sorted(datum.loss_fn_inputs.items()):
             digest.update(name.encode() + values.to_numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def _digest_of_groups(groups: Sequence[Any]) -> str:
+    """Of what was sampled, with the numbers that a loss on the client reads: they are not in what is sent."""
+    sampled = [[(c.tokens, c.rollout_logprobs, c.sampling_logprobs, c.reward) for c in g.completions] for g in groups]
+    return hashlib.sha256(repr(([g.row for g in groups], sampled)).encode()).hexdigest()[:16]
 
 
 # -- as a process ------------------------------------------------------------------------------------------------------

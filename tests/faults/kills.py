@@ -31,10 +31,12 @@ from tests.faults.plan import kills_for
 from tests.faults.points import Kill
 from tests.faults.runs import Place, config_of, home_of_suite, run_once
 
-__all__ = ["Cell", "KillResult", "run_cell"]
+__all__ = ["LOST", "Cell", "KillResult", "run_cell"]
 
 KILLS_A_START = 4
 """Armed at once. The first of the flow ends the start; those whose moment has not come stay for the next one."""
+LOST = 3
+"""Exit status when something was lost; 1 says that the suite itself has failed."""
 MAX_FAILURES = 3
 """Starts in a row that may end with an error after a kill of something else than the flow."""
 
@@ -195,7 +197,7 @@ def main() -> int:
         cell = run_cell(arguments.recipe, arguments.seed, place, arguments.kills or None, say)
     say(json.dumps({name: value for name, value in cell.to_dict().items() if name != "results"}))
     say(f"{len(cell.results)} kills, {len(cell.lost)} lost")
-    return 1 if cell.lost else 0
+    return LOST if cell.lost else 0
 
 
 if __name__ == "__main__":

@@ -67,6 +67,8 @@ class Done:
 
     act: Act
     moment: str
+    hit: str
+    """What was killed: the act's target, or what there was of it."""
     step: int
     """Where the run was, by its metrics."""
     way: str
@@ -206,56 +208,67 @@ class Play:
     def _perform(self, act: Act, moment: str) -> None:
         self._remember()
         step, epoch, started = self.step(), self._epoch(), time.monotonic()
+        hit = self._kill(act.target)
+        if not hit:
+            return
         way = act.way
-        if act.target in ("trainer", "deployment", "control-plane"):
-            if not self._kill_below(act.target):
-                return
-        elif act.target == "flow":
-            self._kill_flow()
-        else:
-            with self._stage_lock:
-                self._kill_above(act.target)
         seconds = 0.0
         if way != "itself":
             way = self._bring_on(way)
             until(lambda: self._epoch() > epoch or self._has_ended(), ALIVE_S, f"a new owner, {self._where()}")
             seconds = time.monotonic() - started
-        self.done.append(Done(act, moment, step, way, round(seconds, 1)))
+        self.done.append(Done(act, moment, hit, step, way, round(seconds, 1)))
 
-    def _kill_below(self, role: str) -> bool:
+    def _kill(self, target: str) -> str:
+        """Kill it, or what there is of it; what that was, "" for nothing."""
+        if target in ("trainer", "deployment", "control-plane"):
+            return self._kill_below(target)
+        if target == "flow":
+            return "flow" if self._kill_flow() else ""
+        with self._stage_lock:
+            return self._kill_server(target) if target.startswith("server") else self._kill_worker(target)
+
+    def _kill_below(self, role: str) -> str:
         run_id = "" if role == "control-plane" else self.run_id()
         process = find_process(self.home, role, run_id) or find_process(self.home, "trainer", self.run_id())
         if process is None:
-            return False
+            return ""
         kill_process(process)
+        return process.role
+
+    def _kill_flow(self) -> bool:
+        pid = flow_process(self.path)
+        if pid is None:
+            return False
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            return False
+        until(lambda: flow_process(self.path) != pid, 10, f"process {pid} has ended", poll_s=0.01)
         return True
 
-    def _kill_flow(self) -> None:
-        pid = flow_process(self.path)
-        if pid is not None:
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-            until(lambda: flow_process(self.path) != pid, 10, f"process {pid} has ended", poll_s=0.01)
+    def _kill_server(self, target: str) -> str:
+        """It is back after some seconds on the same database."""
+        self.stage.kill_server()
+        time.sleep(self.rng.uniform(0, 2))
+        with_flow = target == "server+flow" and self._kill_flow()
+        time.sleep(self.rng.uniform(0, 5))
+        self.stage.start_server()
+        return "server+flow" if with_flow else "server"
 
-    def _kill_above(self, target: str) -> None:
-        """The server is back after some seconds on the same database; a worker that was killed is replaced."""
+    def _kill_worker(self, target: str) -> str:
+        """It is replaced. A process whose worker has died before has none."""
         pid = flow_process(self.path)
         worker = None if pid is None else self.stage.worker_of(pid)
-        if target in ("server", "server+flow"):
-            self.stage.kill_server()
-            time.sleep(self.rng.uniform(0, 2))
-            if target == "server+flow":
-                self._kill_flow()
-            time.sleep(self.rng.uniform(0, 5))
-            self.stage.start_server()
-            return
         if worker is not None:
             worker.kill()
-        if target == "both":
-            self._kill_flow()
+        with_flow = target == "both" and self._kill_flow()
         if worker is not None:
             worker.wait()
             self.stage.start_worker()
+        return {(True, True): "both", (True, False): "worker", (False, True): "flow"}.get(
+            (worker is not None, with_flow), ""
+        )
 
     # -- ways ----------------------------------------------------------------------------------------------------------
 

@@ -33,6 +33,7 @@ from cookbook.control_plane import ControlPlane
 from cookbook.janitor import survey
 from tests.faults import driver
 from tests.faults.checks import Outcome, differences, is_identical, leaks, log_of, outcome, run_id_of
+from tests.faults.kills import LOST
 from tests.faults.proxy_table import LEGAL_FAULTS
 from tests.faults.runs import Place, config_of, home_of_suite
 from tests.faulty_proxy import FaultyProxy
@@ -228,8 +229,9 @@ def _housekeeping(cloud: Cloud, control: ControlPlane, config: Mapping[str, Any]
         if finding.run_id == run_id and finding.action != "keep":
             yield f"the janitor would {finding.action} {finding.resource_id}: {finding.reason}"
     commit = last_commit(config["log_path"])
-    assert commit is not None
-    assert commit.source_job_id is not None
+    if commit is None or commit.source_job_id is None:
+        yield "there is no checkpoint to delete"
+        return
     control.delete_checkpoint(commit.source_job_id, commit.name, "state")
     left = [row["name"].rpartition("/")[2] for row in control.list_checkpoints(commit.source_job_id)]
     if commit.name in left:
@@ -251,7 +253,7 @@ def _tail(config: Mapping[str, Any]) -> str:
     return log_of(config).read_text()[-3000:]
 
 
-def main() -> None:
+def main() -> int:
     recipe, seed = sys.argv[1], int(sys.argv[2])
     folder = Path(tempfile.mkdtemp(prefix=f"proxy-{recipe}-{seed}-"))
     with cloud_of_suite(folder / "suite") as cloud:
@@ -261,7 +263,8 @@ def main() -> None:
         print(f"{name:25s} passed {run.passed[name]:4d}, faults {found['tried']:4d}: {faults}")
     print(f"{run.met.total()} faults in {run.seconds:.0f} s, identical: {run.identical}; all is in {folder}")
     print("\n".join(run.problems))
+    return LOST if run.problems else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

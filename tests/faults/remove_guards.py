@@ -1,7 +1,8 @@
-"""Takes the guards out of a copy of the checkout, one at a time, and runs what must notice: `... remove_guards [NAME]`.
+"""Takes the guards out of a copy of the checkout, one at a time, and runs what must notice: `remove_guards [NAME]`.
 
-A suite that stays green without a guard does not test it. Every line that is taken out is found by its text; if it has
-changed, this says so, and the entry here is to be changed with it.
+A suite that stays green without a guard does not test it. One that is red with the guard says nothing, so it is run
+with it first. Every line that is taken out is found by its text; if it has changed, this says so, and the entry here is
+to be changed with it.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from tests.faults.kills import LOST
 
 __all__ = ["GUARDS", "Guard", "is_noticed"]
 
@@ -36,6 +39,11 @@ class Guard:
     text: str
     without: str
     command: tuple[str, ...]
+
+    @property
+    def red(self) -> int:
+        """Its exit status when it has noticed something; any other says that it did not run."""
+        return LOST if self.command[1] != "pytest" else 1
 
 
 GUARDS = (
@@ -62,42 +70,60 @@ GUARDS = (
     ),
     Guard(
         "order of save and commit",
-        "cookbook/saver.py",
-        "self._append(checkpoint, checkpoint.confirm())",
-        'self._append(checkpoint, {"state_path": checkpoint.name}) or checkpoint.confirm()',
+        "cookbook/checkpoints.py",
+        "_reference(client.job_id, state.result(remaining()))",
+        "_reference(client.job_id, name)",
         (*_KILLS, "sft", "0", "trainer@save_confirmed.before:1", "flow@load.before:1"),
     ),
     Guard(
-        "rows that are open at a commit",
+        "row ledger of a restored run",
         "tasks/rl_run.py",
-        "open_rows=progress.open_rows,",
-        "open_rows=(),",
+        """            next_row=progress.position,
+            open_rows=progress.open_rows,
+""",
+        """            next_row=progress.data_consumed,  # a count of rows, as if they ended in the order of the data
+            open_rows=(),
+""",
         (*_KILLS, "rl", "1", "flow@commit.after:1", "flow@commit.after:2"),
+    ),
+    Guard(
+        "record of what was sampled",
+        "cookbook/rollouts/store.py",
+        "        path = self._file(step)\n        try:\n            lines =",
+        "        return None\n        try:\n            lines =",
+        (*_KILLS, "rl", "0", "flow@log.after:2"),
     ),
 )
 
 
 def is_noticed(guard: Guard, say: bool = False) -> bool:
-    """Whether its part of the suite goes red in a checkout without this guard.
+    """Whether its part of the suite, green with this guard, goes red in a checkout without it.
 
     Raises:
         LookupError: the guard is not found where it was.
-        RuntimeError: the part of the suite did not run at all.
+        RuntimeError: the part of the suite did not run at all, or is red with the guard.
     """
     with tempfile.TemporaryDirectory(prefix="without-guard-") as folder:
         copy = Path(folder) / "checkout"
         _copy(copy)
+        _check_green(guard, _run(guard.command, copy, Path(folder) / "tmp-with"))
         path = copy / guard.file
         source = path.read_text()
         if source.count(guard.text) != 1:
             raise LookupError(f"{guard.name}: {guard.file} has {source.count(guard.text)} times: {guard.text}")
         path.write_text(source.replace(guard.text, guard.without))
         result = _run(guard.command, copy, Path(folder) / "tmp")
-    if say or result.returncode not in (0, 1):
+    if say or result.returncode not in (0, guard.red):
         print(result.stdout[-4000:], flush=True)
-    if result.returncode not in (0, 1):
+    if result.returncode not in (0, guard.red):
         raise RuntimeError(f"{guard.name}: {' '.join(guard.command)} ended with {result.returncode}")
-    return result.returncode == 1
+    return result.returncode == guard.red
+
+
+def _check_green(guard: Guard, result: subprocess.CompletedProcess[str]) -> None:
+    if result.returncode != 0:
+        print(result.stdout[-4000:], flush=True)
+        raise RuntimeError(f"{guard.name}: {' '.join(guard.command)} is red with the guard in place")
 
 
 def _copy(to: Path) -> None:
@@ -136,7 +162,7 @@ def main() -> int:
         began = time.monotonic()
         noticed = is_noticed(guard, arguments.verbose)
         unnoticed += [] if noticed else [guard.name]
-        verdict = "red, as it must be" if noticed else "GREEN: nothing notices that it is gone"
+        verdict = "red, and green with it" if noticed else "GREEN: nothing notices that it is gone"
         print(f"without the {guard.name}: {verdict} ({time.monotonic() - began:.0f} s)", flush=True)
     return 1 if unnoticed else 0
 

@@ -6,7 +6,9 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from contextvars import copy_context
 from pathlib import Path
 
 import httpx
@@ -168,24 +170,45 @@ def test_a_janitor_that_died_with_its_worker_does_not_keep_the_next_ones_out(ser
 
 
 OWNER = """
-import os, signal, sys
+import signal, sys, time
 from pathlib import Path
 from cookbook.run import RunDirectory
-home, path, flow_run = sys.argv[1:]
+home, path, flow_run, ends = sys.argv[1:]
+def told(*_):
+    with open(path + ".told", "a") as file:
+        file.write("told\\n")
+signal.signal(signal.SIGTERM, signal.SIG_DFL if ends == "ends" else told)
 RunDirectory.open(path, recipe="sft", config={}, home=Path(home), started_by=flow_run)
 print("owned", flush=True)
-signal.pause()
+while True:
+    time.sleep(60)
 """
 
 
-def owned_by(folder, name, flow_run):
-    """A process that owns a run for a flow run."""
-    command = [sys.executable, "-c", OWNER, str(folder / "home"), str(folder / name), flow_run]
+def owned_by(folder, name, flow_run, *, ends=True):
+    """A process that owns a run for a flow run; told to stop, it ends, or only notes that it was."""
+    command = [sys.executable, "-c", OWNER, str(folder / "home"), str(folder / name), flow_run, "ends" if ends else ""]
     process = subprocess.Popen(command, stdout=subprocess.PIPE)
     with process.stdout as output:
         assert output.readline() == b"owned\n"
     threading.Thread(target=process.wait, daemon=True).start()
     return process
+
+
+@contextmanager
+def killed_at_end(*processes):
+    try:
+        yield
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+
+
+def end(folder, **options):
+    """What one janitor does about cancelled flow runs below this folder: run directory -> (what is done, why)."""
+    done = end_cancelled_runs.fn(JanitorConfig(**{"cancel_s": 1, **options}))
+    return {Path(s.log_path).name: (s.done, s.why) for s in done if str(folder) in s.log_path}
 
 
 def test_a_cancellation_that_nobody_has_heard_of_is_carried_out(server, tmp_path):
@@ -202,18 +225,92 @@ def test_a_cancellation_that_nobody_has_heard_of_is_carried_out(server, tmp_path
     time.sleep(1.1)
     server.set(young, "CANCELLING")
 
-    def end(**options):
-        done = end_cancelled_runs.fn(JanitorConfig(cancel_s=1, **options))
-        return {Path(s.log_path).name: s.done for s in done if str(tmp_path) in s.log_path}
+    due = dict.fromkeys(("deaf", "dead", "replaced"))
+    with killed_at_end(*processes):
+        assert {name: what for name, (what, _) in end(tmp_path, dry_run=True).items()} == dict.fromkeys(
+            due, "to be ended"
+        )
+        assert server.state(deaf) == "Cancelling"
+        assert {name: what for name, (what, _) in end(tmp_path).items()} == dict.fromkeys(due, "ended")
+        assert [server.state(run_id) for run_id in (deaf, dead, replaced, young)] == [*["Cancelled"] * 3, "Cancelling"]
+        assert [process.poll() for process in processes] == [-signal.SIGTERM, None, None]
 
-    assert end(dry_run=True) == dict.fromkeys(("deaf", "dead", "replaced"), "to be ended")
-    assert server.state(deaf) == "Cancelling"
-    assert end() == dict.fromkeys(("deaf", "dead", "replaced"), "ended")
-    assert [server.state(run_id) for run_id in (deaf, dead, replaced, young)] == [*["Cancelled"] * 3, "Cancelling"]
-    assert [process.poll() for process in processes] == [-signal.SIGTERM, None, None]
-    for process in processes:
+
+def test_a_process_is_told_to_stop_once_by_however_many_janitors(server, tmp_path):
+    """A second signal would break off the save that the first one began."""
+    run_id = server.run("run", "RUNNING")
+    process = owned_by(tmp_path, "run", run_id, ends=False)
+    server.set(run_id, "CANCELLING")
+    time.sleep(1.1)
+    with killed_at_end(process):
+        with ThreadPoolExecutor(3) as janitors:
+            turns = [janitors.submit(copy_context().run, end, tmp_path) for _ in range(3)]
+            done = [turn.result()["run"] for turn in turns]
+        done.append(end(tmp_path)["run"])  # the next one, minutes later
+        assert (tmp_path / "run.told").read_text() == "told\n"
+    assert {what for what, _ in done} == {"left"}
+    assert all(why.endswith("was told to stop, and has not ended yet") for _, why in done)
+    assert server.state(run_id) == "Cancelling"
+    assert end(tmp_path)["run"][0] == "ended"
+
+
+@pytest.mark.parametrize("ending", [("CANCELLED", "SCHEDULED"), ("COMPLETED",), ("CANCELLED", "RUNNING", "CRASHED")])
+def test_what_has_become_of_a_cancelled_run_meanwhile_stands(server, tmp_path, ending):
+    """Its own end, or a retry by somebody: before its turn comes, and while its process is waited for."""
+    first, run_id, busy = (server.run(name, "RUNNING") for name in ("first", "run", "busy"))
+    processes = [owned_by(tmp_path, "first", first, ends=False), owned_by(tmp_path, "run", run_id)]
+    processes.append(owned_by(tmp_path, "busy", busy, ends=False))
+    for cancelled in (first, run_id, busy):
+        server.set(cancelled, "CANCELLING")
+    time.sleep(1.6)
+
+    def go_on():
+        for state in ending:
+            server.set(run_id, state)
+
+    def end_busy():
+        for state in ending:
+            server.set(busy, state)
+        processes[2].kill()
+
+    with killed_at_end(*processes), meanwhile(0.7, go_on), meanwhile(2.5, end_busy):
+        done = end(tmp_path, cancel_s=1.5)
+        assert processes[1].poll() is None, "a process was told to stop for what is no longer cancelled"
+    assert {name: what for name, (what, _) in done.items()} == dict.fromkeys(("first", "run", "busy"), "left")
+    assert [server.state(cancelled).upper() for cancelled in (run_id, busy)] == [ending[-1]] * 2
+
+
+def test_a_process_that_reports_its_end_as_a_crash_was_cancelled(server, tmp_path):
+    """So Prefect calls it, when SIGTERM does not come from the worker."""
+    run_id = server.run("run", "RUNNING")
+    process = owned_by(tmp_path, "run", run_id, ends=False)
+    server.set(run_id, "CANCELLING")
+    time.sleep(1.1)
+
+    def crash():
+        server.set(run_id, "CRASHED")
         process.kill()
-        process.wait()
+
+    with killed_at_end(process), meanwhile(0.5, crash):
+        assert end(tmp_path)["run"][0] == "ended"
+    assert server.state(run_id) == "Cancelled"
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="whose the lock is can be told on Linux only")
+def test_only_the_process_that_holds_the_lock_is_told_to_stop(server, tmp_path):
+    """The pid in the lock may be that of another process: in another container, or before a new owner has written."""
+    run_id = server.run("run", "RUNNING")
+    owner, innocent = owned_by(tmp_path, "run", run_id), owned_by(tmp_path, "other", "another")
+    lock = tmp_path / "run" / ".lock"
+    lock.write_text(json.dumps({**json.loads(lock.read_text()), "pid": innocent.pid}))
+    server.set(run_id, "CANCELLING")
+    time.sleep(1.1)
+    with killed_at_end(owner, innocent):
+        done, why = end(tmp_path)["run"]
+        assert (owner.poll(), innocent.poll()) == (None, None)
+    assert done == "left"
+    assert f"process {innocent.pid}" in why
+    assert server.state(run_id) == "Cancelling"
 
 
 @contextmanager
@@ -256,3 +353,24 @@ def test_a_retry_that_a_late_report_of_the_crash_undoes_is_issued_again(server, 
     assert why.endswith("a late report of the crash had undone it")
     assert server.state(run_id) == "AwaitingRetry"
     assert json.loads((tmp_path / "run" / "supervisor.json").read_text())["retries"] == 1
+
+
+def test_a_retried_run_that_starts_and_crashes_at_once_is_left_for_the_next_turn_which_counts_it(
+    server, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(supervision, "RECHECK_S", 2.0)
+    stopped(tmp_path, "run")
+    run_id = server.run("run", "RUNNING", "CRASHED")
+
+    def start_and_crash():
+        while server.state(run_id) != "AwaitingRetry":
+            time.sleep(0.05)
+        for state in ("PENDING", "RUNNING", "CRASHED"):
+            server.set(run_id, state)
+
+    with meanwhile(0, start_and_crash):
+        done, why = supervise(tmp_path)["run"]
+    assert done == "retried"
+    assert why.endswith("it has crashed again since")
+    assert server.state(run_id) == "Crashed"
+    assert supervise(tmp_path)["run"][1].endswith("(2 of 3)")

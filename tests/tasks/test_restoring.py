@@ -2,10 +2,11 @@
 
 import pytest
 
+from cookbook.checkpoints import last_commit
 from cookbook.config import SFTConfig
-from cookbook.errors import DataError, LeaseLost, TrainerLost
+from cookbook.errors import CheckpointError, DataError, LeaseLost, TrainerLost
 from cookbook.files import append_jsonl, read_json
-from cookbook.run import RunDirectory
+from cookbook.run import Progress, RunDirectory
 from tasks.restoring import restoring
 from tasks.run import Run
 
@@ -26,7 +27,7 @@ class Algorithm:
     def __call__(self, run, config):
         self.epochs.append(run.directory.epoch)
         for act in self.script.pop(0) if self.script else ():
-            if isinstance(act, Exception):
+            if isinstance(act, BaseException):
                 raise act
             with run.directory.guard():
                 row = {"name": f"step-{act}", "step": act, "data_consumed": act, "state_path": f"s{act}"}
@@ -73,6 +74,40 @@ def test_a_resumed_run_counts_its_old_commits_for_nothing(config):
         restoring(config, Run, Algorithm([3, DataError("x")]))
     with pytest.raises(TrainerLost):
         restoring(config, Run, Algorithm([LOST], [LOST], [LOST], []))
+
+
+def test_what_it_has_is_freed_when_the_next_start_cannot_begin(config, monkeypatch):
+    def unwritable(directory):
+        raise CheckpointError("the disk is full.")
+
+    failed = []
+    monkeypatch.setattr(RunDirectory, "renewed", unwritable)
+    monkeypatch.setattr(Run, "fail", lambda run, error: failed.append(error))
+    with pytest.raises(CheckpointError, match="full"):
+        restoring(config, Run, Algorithm([LOST]))
+    assert [f"{error}" for error in failed] == ["the disk is full."]
+
+
+def test_a_second_signal_while_it_saves_does_not_keep_it_from_freeing(config, monkeypatch):
+    def told_again(run):
+        raise SystemExit(143)
+
+    failed = []
+    monkeypatch.setattr("tasks.termination._save", told_again)
+    monkeypatch.setattr(Run, "fail", lambda run, error: failed.append(error))
+    with pytest.raises(SystemExit):
+        restoring(config, Run, Algorithm([KeyboardInterrupt()]))
+    assert [type(error) for error in failed] == [KeyboardInterrupt]
+
+
+def test_told_to_stop_before_the_first_step_it_commits_nothing(config):
+    def stopped(run, config):
+        run.progress = Progress(0, 0, 0, 0, permutation_seed=0, total_steps=3)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        restoring(config, Run, stopped)
+    assert last_commit(config.log_path) is None
 
 
 def test_a_trainer_lost_to_another_owner_of_the_run_is_not_fought_over(config, tmp_path):

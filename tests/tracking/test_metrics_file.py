@@ -2,6 +2,8 @@
 
 import json
 import math
+import subprocess
+import sys
 from contextlib import contextmanager
 
 import pytest
@@ -97,3 +99,29 @@ def test_a_file_that_cannot_be_written_is_an_error_with_its_path(tmp_path):
     (tmp_path / "folder").write_text("")
     with pytest.raises(CheckpointError, match=r"folder/metrics\.jsonl cannot be written"):
         MetricsFile(tmp_path / "folder" / "metrics.jsonl").start(start(0))
+
+
+FULL_DISK = """
+import resource, signal, sys
+from pathlib import Path
+from cookbook.errors import CheckpointError
+from cookbook.tracking import Start
+from cookbook.tracking.metrics_file import MetricsFile
+file = MetricsFile(Path(sys.argv[1]))
+file.start(Start(0, 10, {"CPU": 1}))
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (20, resource.RLIM_INFINITY))
+try:
+    file.log_step(1, {"train/loss": 1.0})
+except CheckpointError as error:
+    print(error)
+resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+file.log_step(2, {"train/loss": 2.0})
+"""
+
+
+def test_a_line_that_does_not_fit_on_the_disk_leaves_nothing_of_it(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    done = subprocess.run([sys.executable, "-c", FULL_DISK, path], capture_output=True, text=True, check=True)
+    assert f"{path} cannot be written" in done.stdout
+    assert [row["step"] for row in rows(path)] == [2]

@@ -77,8 +77,6 @@ class StateSaves:
 
     def _write(self, folder: Path, manifest: Manifest, state: TrainingState) -> None:
         started = time.monotonic()
-        written = write_snapshot(
-            folder, manifest, lambda target: write_state(target, state, lambda: self._is_abandoned)
-        )
+        written = write_snapshot(folder, manifest, lambda target: write_state(target, state, self._stop))
         seconds = time.monotonic() - started
         _log.info("state %s: %.1f MiB written in %.2f s", folder.name, written.size_bytes / 2**20, seconds)

@@ -82,15 +82,15 @@ def _machine_bytes() -> Iterator[int]:
 
 
 def _group_bytes() -> Iterator[int]:
-    """Of control groups, version 2. The file cache counts as used there, and can be had."""
+    """Of control groups, version 2. The file cache counts as used there, and can be had, but for files in memory."""
     root = Path("/sys/fs/cgroup")
     own = next((line[3:] for line in _lines(Path("/proc/self/cgroup")) if line.startswith("0::")), None)
     folder = None if own is None else Path(os.path.normpath(f"{root}/{own}"))
     while folder is not None and folder.is_relative_to(root):
         limit, used = _lines(folder / "memory.max"), _lines(folder / "memory.current")
         if limit and used and limit[0] != "max":
-            cached = [int(line.split()[1]) for line in _lines(folder / "memory.stat") if line.startswith("file ")]
-            yield int(limit[0]) - int(used[0]) + sum(cached)
+            stat = dict(line.split() for line in _lines(folder / "memory.stat"))
+            yield int(limit[0]) - int(used[0]) + int(stat.get("file", 0)) - int(stat.get("shmem", 0))
         folder = folder.parent
 
 
