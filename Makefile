@@ -50,11 +50,11 @@ run-orpo: $(INSTALLED) ## The same with odds-ratio preference optimization
 	$(VENV)/bin/cookbook run orpo --config presets/orpo-quickstart.yaml --log-path $(RUN)
 
 test: $(INSTALLED) ## Run all tests
-	$(IN_VENV) -m pytest -n 2 --dist loadfile --durations=15
+	$(IN_VENV) -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=15
 
 faults: $(INSTALLED) ## Kill and disturb runs of all recipes in every way, and compare how they end (about an hour)
 	rm -rf runs/faults
-	FAULT_REPORTS=runs/faults $(IN_VENV) -m pytest -v -n 2 --dist loadgroup -m faults tests/faults
+	FAULT_REPORTS=runs/faults $(IN_VENV) -m pytest -v -n 2 --dist loadfile -m faults tests/faults
 	$(IN_VENV) -m tests.faults.report runs/faults
 
 check: $(INSTALLED) ## Check format, lint and types, and run the fast tests

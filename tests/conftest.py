@@ -19,6 +19,14 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+SLOW = ("flows", "faults", "wire")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The folders with tests of many seconds first, so that no worker waits long for the last file of another."""
+    items.sort(key=lambda item: item.path.parent.name not in SLOW)
+
+
 @pytest.fixture(scope="session")
 def backend(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WireBackend]:
     """The backend, with the model `tiny`. Stopped, its trainers too, at the end of the session."""

@@ -12,10 +12,11 @@ __all__ = ["kills_for", "phases_of", "roles_of"]
 
 _EARLY = ("open", "pin", "intend", "create", "confirm", "session", "start")
 _LATE = ("promote", "provenance", "release", "finish", "freed")
+_ONCE = ("load", "snapshot", "release_reference")
+"""What happens once a start, at least in some recipes."""
+_WITH_REFERENCE = ("references.before", "references.after", "release_reference.before")
+"""Where DPO's reference trainer, which is freed in the first epoch, is there to be killed."""
 _ONLY = {
-    "train_step": ("sft", "rl"),
-    "gradient": ("dpo", "orpo"),
-    "optimizer": ("dpo", "orpo"),
     "collect": ("rl",),
     "record": ("rl",),
     "references": ("dpo",),
@@ -40,6 +41,8 @@ def phases_of(recipe: str, seed: int) -> list[str]:
     """The phases that a run of this recipe goes through."""
     phases = [phase for phase in PHASES if recipe in _ONLY.get(phase, (recipe,))]
     missing: tuple[str, ...] = () if seed % 2 else ("mirror_object", "mirror_pointer")
+    has_custom_loss = recipe in ("dpo", "orpo") or (recipe == "rl" and seed % 2 == 1)
+    missing += ("train_step",) if has_custom_loss else ("gradient", "optimizer")
     if recipe == "dpo":
         missing += ("release_reference",) if seed % 2 else ("hot_load", "verify")
     return [phase for phase in phases if phase not in missing]
@@ -61,11 +64,19 @@ def _kills(recipe: str, seed: int, seconds: float) -> Iterator[Kill]:
     drawn.shuffle(middle)
     for number, point in enumerate(middle):
         if number % 2 == seed % 2:
-            yield Kill(drawn.choice(roles), drawn.choice(middle), drawn.randint(1, 2))
-        yield Kill("flow", point, drawn.randint(1, 2))
+            role, where = drawn.choice(roles), drawn.choice(middle)
+            yield _at(role, drawn.choice(_WITH_REFERENCE) if role == "reference" else where, drawn)
+        yield _at("flow", point, drawn)
     for _ in range(RANDOM_KILLS):
         yield Kill.at(drawn.choice(("flow", "flow", *roles)), drawn.uniform(0, seconds / 3))
     for role in roles:
-        yield Kill(role, drawn.choice(points_of(_LATE)))
+        late = _WITH_REFERENCE if role == "reference" else points_of(_LATE)
+        yield Kill(role, drawn.choice(late))
     for point in points_of(phase for phase in phases if phase in _LATE):
         yield Kill("flow", point)
+
+
+def _at(process: str, point: str, drawn: random.Random) -> Kill:
+    """At one of the first passages."""
+    passage = drawn.randint(1, 2)
+    return Kill(process, point, 1 if point.partition(".")[0] in _ONCE else passage)

@@ -280,7 +280,8 @@ class Play:
         flow_run = self.flow_runs[-1]
         with suppress(AssertionError):
             until(lambda: self.stage.state(flow_run) in DEAD, 3 if way == "takeover" else 25, "Prefect knows it")
-        if self._has_ended() or flow_process(self.path) is not None:
+        is_known = self.stage.state(flow_run) == "COMPLETED"
+        if flow_process(self.path) is not None or (self._has_ended() and is_known):
             return "itself"
         if way == "new run":
             self._submit()

@@ -26,7 +26,7 @@ POINTS = (
     "promote.before",
 )
 
-pytestmark = [pytest.mark.faults, pytest.mark.timeout(600), pytest.mark.xdist_group("fence")]
+pytestmark = [pytest.mark.faults, pytest.mark.timeout(600)]
 WITHIN_S = 120.0
 
 

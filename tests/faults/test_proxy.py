@@ -17,7 +17,7 @@ from tests.faults import driver
 from tests.faults.proxy_runs import ProxyRun, cloud_of_suite, disturbed_run, report
 from tests.faults.proxy_table import LEGAL_FAULTS
 
-pytestmark = [pytest.mark.faults, pytest.mark.timeout(3600), pytest.mark.xdist_group("proxy")]
+pytestmark = [pytest.mark.faults, pytest.mark.timeout(3600)]
 
 CELLS = [(recipe, seed) for seed in (0, 1) for recipe in driver.RECIPES]
 AT_ONCE = 2
