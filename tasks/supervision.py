@@ -58,7 +58,7 @@ class Suspect:
     name: str
     log_path: str
     state: str
-    """In Prefect's words: RUNNING, PENDING or CRASHED."""
+    """In Prefect's words: RUNNING, PENDING, SCHEDULED or CRASHED."""
     state_id: str
     done: str
     """"to be retried", "retried", "to be ended", "ended" (Prefect is told that it crashed, or is cancelled), "left"."""
@@ -123,7 +123,7 @@ def end_stale_janitors() -> int:
 
 
 _LIVE_STATES = (StateType.RUNNING, StateType.PENDING)
-_DEAD_STATES = (StateType.RUNNING, StateType.PENDING, StateType.CRASHED)
+_DEAD_STATES = (StateType.RUNNING, StateType.PENDING, StateType.CRASHED, StateType.SCHEDULED)
 
 
 def _suspect(run: FlowRun, newest: dict[Path, UUID], config: JanitorConfig) -> Suspect | None:
@@ -180,6 +180,9 @@ def _settled(client: SyncPrefectClient, suspect: Suspect, config: JanitorConfig)
         retries = count_retry(Path(suspect.log_path), suspect.flow_run_id, directory.commit)
     except CheckpointError as error:
         return replace(suspect, done="left", why=str(error))
+    if not run.state.is_final():
+        # A flow run that has retried itself in its process keeps its retries for that process until it has ended.
+        client.set_flow_run_state(run.id, Crashed(message="Its process has died."))
     suspect = replace(suspect, run_count=run.run_count)
     return _set_to_retry(client, suspect, f"{suspect.why} ({retries} of {config.max_retries})")
 
@@ -256,9 +259,14 @@ def log_path_of(run: FlowRun) -> Path | None:
 
 
 def _is_old_enough(run: FlowRun, config: JanitorConfig) -> bool:
-    """Whether a state is one to look at: pending for long, crashed not long ago, or running."""
+    """Whether a state is one to look at: pending for long, crashed not long ago, running, or waiting for a process that
+    was to retry the flow itself and has not for long: no worker would take that up."""
     assert run.state is not None
     age = datetime.now(UTC) - run.state.timestamp
+    if run.state.is_scheduled():
+        late = datetime.now(UTC) - (run.next_scheduled_start_time or run.state.timestamp)
+        is_its_own = run.empirical_policy.retry_type == "in_process"
+        return is_its_own and late >= timedelta(seconds=config.pending_s)
     if run.state.is_pending():
         return age >= timedelta(seconds=config.pending_s)
     return run.state.is_running() or age <= timedelta(hours=config.crashed_within_h)

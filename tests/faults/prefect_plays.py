@@ -287,7 +287,7 @@ class Play:
             self._submit()
             return way
         if self.stage.state(flow_run) not in DEAD:
-            self.stage.retry_button(flow_run)
+            self.stage.take_over(flow_run)
             return "takeover"
         retry = {
             "command": self.stage.retry_command,

@@ -230,6 +230,12 @@ class Stage:
         state = {"type": "SCHEDULED", "name": "AwaitingRetry", "message": "Retry from the UI"}
         return dict(self.call("POST", f"/flow_runs/{run_id}/set_state", {"state": state, "force": force}))
 
+    def take_over(self, run_id: str) -> None:
+        """A retry of a run that Prefect believes to run. Called dead first: the next start of a flow run that has
+        retried itself is kept for its process else, and no worker takes it up."""
+        self.call("POST", f"/flow_runs/{run_id}/set_state", {"state": {"type": "CRASHED"}, "force": True})
+        self.retry_button(run_id)
+
     def retried(self, run_id: str, retry: Callable[[str], object], *, settle_s: float = 4.0) -> int:
         """Wait until all reports of a death are in, look again, retry; again where a later one undid it. How often."""
         for attempt in range(1, 5):

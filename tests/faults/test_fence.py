@@ -56,9 +56,10 @@ def wait_until_paused(process, config):
         time.sleep(0.02)
 
 
-def steps_of(process, config):
+def steps_of(process, config, kind):
+    """The steps that a process has begun ("trained") or that were answered ("stepped")."""
     events = map(json.loads, journal(log_of(config)).read_text().splitlines())
-    return [event["step"] for event in events if event["event"] == "stepped" and event["pid"] == process.pid]
+    return {event["step"] for event in events if event["event"] == kind and event["pid"] == process.pid}
 
 
 def files_of(config):
@@ -87,7 +88,7 @@ def start(place):
 def test_who_was_overtaken_does_nothing_any_more(place, undisturbed, start, point):
     config = config_of("sft", 0, place, place.folder / f"overtaken-at-{point.replace('.', '-')}")
     overtaken = start(config, f"pause@{point}:1")
-    stepped = steps_of(overtaken, config)
+    begun = steps_of(overtaken, config, "trained")  # the trainer may have done the last one, and not have been heard
     (Path(config["log_path"]) / ".lock").unlink()
     owner = start(config, "pause@promote.after:1" if point == "promote.before" else "pause@log.after:4")
 
@@ -96,7 +97,7 @@ def test_who_was_overtaken_does_nothing_any_more(place, undisturbed, start, poin
     assert driver.wait(overtaken, WITHIN_S) == 1
     assert "LeaseLost" in log_of(config).read_text()
     assert files_of(config) == written
-    assert steps_of(overtaken, config) == stepped
+    assert steps_of(overtaken, config, "stepped") <= begun
     os.kill(owner.pid, signal.SIGCONT)
     assert driver.wait(owner, WITHIN_S) == 0
     assert differences("sft", config, place.home, undisturbed) == []

@@ -157,6 +157,27 @@ def test_retries_without_a_new_commit_come_to_an_end(server, tmp_path):
     assert noted == {"flow_run_id": run_id, "commit": "step-5", "retries": 1}
 
 
+def test_a_flow_run_that_had_retried_itself_is_retried_by_any_worker(server, tmp_path):
+    """Prefect keeps its next start for the process of before, unless it has been called dead."""
+    stopped(tmp_path, "running", "waiting", "patient")
+    runs = {name: server.run(name, "RUNNING") for name in ("running", "waiting", "patient")}
+    for name in ("waiting", "patient"):
+        later = {"scheduled_time": "2031-01-01T00:00:00Z"} if name == "patient" else {}
+        state = {"type": "SCHEDULED", "name": "AwaitingRetry", "state_details": later}
+        server.post(f"/flow_runs/{runs[name]}/set_state", state=state, force=True)
+    for run in runs.values():
+        server.http.patch(
+            f"/flow_runs/{run}", json={"empirical_policy": {"retry_type": "in_process"}}
+        ).raise_for_status()
+    time.sleep(1.1)
+    done = supervise(tmp_path, pending_s=1)
+    assert {name: what for name, (what, _) in done.items()} == dict.fromkeys(("running", "waiting"), "retried")
+    kept_for = {
+        n: server.http.get(f"/flow_runs/{run}").json()["empirical_policy"]["retry_type"] for n, run in runs.items()
+    }
+    assert kept_for == {"running": "reschedule", "waiting": "reschedule", "patient": "in_process"}
+
+
 def test_a_janitor_that_died_with_its_worker_does_not_keep_the_next_ones_out(server, monkeypatch):
     flow = server.post("/flows/", name="janitor")["id"]
     dead, young = (server.post("/flow_runs/", flow_id=flow, state={"type": "PENDING"})["id"] for _ in range(2))
