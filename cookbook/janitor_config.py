@@ -33,8 +33,8 @@ class JanitorConfig(Config):
     pending_s: float = Field(
         600,
         ge=0,
-        description="Seconds after which a flow run that a worker has taken up but not started, or that its own process "
-        "was to retry, counts as dead. Longer than a start takes.",
+        description="Seconds after which a flow run that a worker has taken up but not started, or that its own "
+        "process was to retry, counts as dead. Longer than a start takes.",
     )
     cancel_s: float = Field(
         60,

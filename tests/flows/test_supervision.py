@@ -165,16 +165,14 @@ def test_a_flow_run_that_had_retried_itself_is_retried_by_any_worker(server, tmp
         later = {"scheduled_time": "2031-01-01T00:00:00Z"} if name == "patient" else {}
         state = {"type": "SCHEDULED", "name": "AwaitingRetry", "state_details": later}
         server.post(f"/flow_runs/{runs[name]}/set_state", state=state, force=True)
+    policy = {"empirical_policy": {"retry_type": "in_process"}}
     for run in runs.values():
-        server.http.patch(
-            f"/flow_runs/{run}", json={"empirical_policy": {"retry_type": "in_process"}}
-        ).raise_for_status()
+        server.http.patch(f"/flow_runs/{run}", json=policy).raise_for_status()
     time.sleep(1.1)
     done = supervise(tmp_path, pending_s=1)
     assert {name: what for name, (what, _) in done.items()} == dict.fromkeys(("running", "waiting"), "retried")
-    kept_for = {
-        n: server.http.get(f"/flow_runs/{run}").json()["empirical_policy"]["retry_type"] for n, run in runs.items()
-    }
+    found = {name: server.http.get(f"/flow_runs/{run}").json() for name, run in runs.items()}
+    kept_for = {name: run["empirical_policy"]["retry_type"] for name, run in found.items()}
     assert kept_for == {"running": "reschedule", "waiting": "reschedule", "patient": "in_process"}
 
 
