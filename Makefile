@@ -52,7 +52,7 @@ run-orpo: $(INSTALLED) ## The same with odds-ratio preference optimization
 test: $(INSTALLED) ## Run all tests
 	$(IN_VENV) -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=15
 
-faults: $(INSTALLED) ## Kill and disturb runs of all recipes in every way, and compare how they end (about an hour)
+faults: $(INSTALLED) ## Kill and disturb runs of all recipes in every way, and compare how they end (40 minutes)
 	rm -rf runs/faults
 	FAULT_REPORTS=runs/faults $(IN_VENV) -m pytest -v -n 2 --dist loadfile -m faults tests/faults
 	$(IN_VENV) -m tests.faults.report runs/faults
