@@ -98,7 +98,7 @@ def test_a_schedule_makes_runs(stage, tiny_model, rows_file, tmp_path):
     query = {"deployments": {"id": {"any_": [deployment]}}, "flow_runs": {"state": {"type": {"any_": ["SCHEDULED"]}}}}
     try:
         runs = until(
-            lambda: found if len(found := stage.call("POST", "/flow_runs/filter", query)) >= 3 else [], 60, "runs"
+            lambda: found if len(found := stage.call("POST", "/flow_runs/filter", query)) >= 3 else [], 120, "runs"
         )
         assert all(run["parameters"] == parameters for run in runs)
     finally:
