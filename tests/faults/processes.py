@@ -8,7 +8,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["ROLES", "BackendProcess", "backend_processes", "find_process", "kill_process"]
+__all__ = ["ROLES", "BackendProcess", "backend_processes", "find_process", "kill_process", "state_of"]
 
 ROLES = ("trainer", "reference", "deployment", "control-plane", "supervisor")
 """What a kill may be aimed at, the flow apart. trainer: that of the policy."""
@@ -74,3 +74,8 @@ def kill_process(process: BackendProcess, timeout_s: float = 10.0) -> None:
             return
         time.sleep(0.005)
     raise TimeoutError(f"process {process.pid} ({process.role}) is still there {timeout_s:g} s after SIGKILL")
+
+
+def state_of(pid: int) -> str:
+    """Of a process, in the kernel's letters: T is stopped, Z has ended."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]

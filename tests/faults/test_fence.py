@@ -16,6 +16,7 @@ from cookbook.files import try_lock
 from tests.faults import driver
 from tests.faults.checks import differences, log_of, outcome
 from tests.faults.driver import journal
+from tests.faults.processes import state_of
 from tests.faults.runs import config_of, home_of_suite, run_once
 
 POINTS = (
@@ -42,11 +43,6 @@ def undisturbed(place):
     config = config_of("sft", 0, place, place.folder / "undisturbed")
     assert run_once("sft", config, place).status == 0
     return outcome("sft", config, place.home)
-
-
-def state_of(pid):
-    """In the kernel's letters: T is stopped, Z has ended."""
-    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
 
 
 def wait_until_paused(process, config):

@@ -13,10 +13,11 @@ from pathlib import Path
 import pytest
 
 from cookbook.checkpoints import last_commit
+from cookbook.files import try_lock
 from tests.faults import driver
 from tests.faults.checks import differences, log_of, outcome, run_id_of
 from tests.faults.prefect_stage import Stage, flow_process, until
-from tests.faults.processes import backend_processes
+from tests.faults.processes import backend_processes, state_of
 from tests.faults.runs import config_of, home_of_suite
 from tests.flows.helpers import losses, wait_for
 
@@ -101,7 +102,7 @@ def test_a_run_that_another_process_took_over_stops_and_harms_nothing(place, und
     config = config_of("sft", SEED, place, place.folder / "frozen", retry={"initial_delay_s": 0.1})
     first = start("sft", config, place)
     run_until(first, config, 4)
-    os.kill(first.pid, signal.SIGSTOP)
+    freeze(first, config)
     (Path(config["log_path"]) / ".lock").unlink()
     frozen_at = last_step(config)
     second = start("sft", config, place)
@@ -115,6 +116,19 @@ def test_a_run_that_another_process_took_over_stops_and_harms_nothing(place, und
     assert driver.wait(second, 120) == 0, log[-4000:]
     assert log_of(config).read_text().count("Restoring from") == 0
     assert differences("sft", config, place.home, undisturbed("sft")) == []
+
+
+def freeze(process, config):
+    """Stop a process, and not in the middle of a write: nobody could follow it then."""
+    while True:
+        os.kill(process.pid, signal.SIGSTOP)
+        wait_for(lambda: state_of(process.pid) == "T", timeout_s=10)
+        lock = try_lock(Path(config["log_path"]) / ".write.lock")
+        if lock is not None:
+            os.close(lock)
+            return
+        os.kill(process.pid, signal.SIGCONT)
+        time.sleep(0.01)
 
 
 def lease(config):
