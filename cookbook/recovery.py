@@ -7,9 +7,12 @@ which pauses: `RetryConfig`. The trainer's data plane retries by itself, inside 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import random
+import time
+from collections.abc import Callable, Mapping
 from enum import StrEnum
 from types import MappingProxyType
+from typing import TYPE_CHECKING, TypeVar
 
 from cookbook.errors import (
     BackendError,
@@ -30,6 +33,9 @@ from cookbook.errors import (
     WeightSyncError,
 )
 
+if TYPE_CHECKING:
+    from cookbook.config import RetryConfig
+
 __all__ = [
     "ACTIONS",
     "CALLER_STATUSES",
@@ -41,7 +47,10 @@ __all__ = [
     "action_for",
     "is_restored",
     "is_retried",
+    "retrying",
 ]
+
+T = TypeVar("T")
 
 
 class Action(StrEnum):
@@ -112,3 +121,32 @@ def is_retried(error: BaseException) -> bool:
 def is_restored(error: BaseException) -> bool:
     """Whether a run goes back to its last commit after this error has come out of a task."""
     return action_for(error) in (Action.RESTORE, Action.RETRY_THEN_RESTORE)
+
+
+def retrying(
+    retry: RetryConfig,
+    call: Callable[[], T],
+    say: Callable[[Exception, float], object],
+    given_up: Callable[[], bool] = lambda: False,
+) -> T:
+    """Call until it succeeds, as often, with such pauses and for as long as `retry` says.
+
+    Args:
+        say: called before each pause, with what was wrong and the pause in seconds.
+        given_up: whether nothing is to be tried again any more.
+
+    Raises:
+        whatever the last call raises.
+    """
+    started = time.monotonic()
+    for delay in retry.delays():
+        try:
+            return call()
+        except Exception as error:
+            pause = delay * (1 + random.uniform(0, retry.jitter))
+            late = 0 < retry.deadline_s < time.monotonic() - started + pause
+            if late or not is_retried(error) or given_up():
+                raise
+            say(error, pause)
+            time.sleep(pause)
+    return call()

@@ -7,16 +7,14 @@ from __future__ import annotations
 
 import contextvars
 import logging
-import random
 import threading
-import time
 from collections.abc import Callable
 from concurrent.futures import Future
 
 from cookbook.checkpoints import PendingCheckpoint
 from cookbook.config import RetryConfig
 from cookbook.deadlines import Deadline
-from cookbook.recovery import is_retried
+from cookbook.recovery import retrying
 
 __all__ = ["Saver"]
 
@@ -118,15 +116,7 @@ class Saver:
             self._thread.join(deadline.remaining())
 
     def _append(self, checkpoint: PendingCheckpoint, paths: dict[str, str]) -> None:
-        started = time.monotonic()
-        for delay in self._retry.delays():
-            try:
-                return checkpoint.append(paths)
-            except Exception as error:
-                pause = delay * (1 + random.uniform(0, self._retry.jitter))
-                late = 0 < self._retry.deadline_s < time.monotonic() - started + pause
-                if late or not is_retried(error):
-                    raise
-                logger.warning("checkpoint %s is saved, but %s; trying again in %.1f s", checkpoint.name, error, pause)
-                time.sleep(pause)
-        return checkpoint.append(paths)
+        def warn(error: Exception, pause: float) -> None:
+            logger.warning("checkpoint %s is saved, but %s; trying again in %.1f s", checkpoint.name, error, pause)
+
+        retrying(self._retry, lambda: checkpoint.append(paths), warn)

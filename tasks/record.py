@@ -12,7 +12,6 @@ from __future__ import annotations
 import concurrent.futures
 import functools
 import logging
-import random
 import threading
 import time
 from collections import Counter
@@ -29,7 +28,7 @@ from prefect.task_engine import TaskRunTimeoutError
 from prefect.utilities.annotations import quote
 
 from cookbook.config import RetryConfig
-from cookbook.recovery import is_retried
+from cookbook.recovery import is_retried, retrying
 from cookbook.termination import Unbroken
 from tasks.page import has_page
 
@@ -95,19 +94,13 @@ class Policy:
 
     def call(self, body: Callable[[], T], given_up: Callable[[], bool] = lambda: False) -> T:
         """Run `body` under this policy without Prefect; nothing is retried once it was `given_up`."""
-        delays = self.retry.delays() if self.retry is not None else []
-        started = time.monotonic()
-        for delay in delays:
-            try:
-                return body()
-            except Exception as error:
-                pause = delay * (1 + random.uniform(0, self.retry.jitter if self.retry else 0))
-                late = self.retry and 0 < self.retry.deadline_s < time.monotonic() - started + pause
-                if late or not is_retried(error) or given_up():
-                    raise
-                logger.warning("%s: %s; trying again in %.1f s", type(error).__name__, error, pause)
-                time.sleep(pause)
-        return body()
+        if self.retry is None:
+            return body()
+        return retrying(self.retry, body, _warn, given_up)
+
+
+def _warn(error: Exception, pause: float) -> None:
+    logger.warning("%s: %s; trying again in %.1f s", type(error).__name__, error, pause)
 
 
 class RecordedTask(Generic[R, P, T]):
